@@ -1,0 +1,335 @@
+"""The vocabulary: facts, edits, revisions, checkpoints, sandboxes. Plain values, no torch.
+
+A *composition* is the ordered tuple of delta digests that, added to the base model in that
+order, give a state. Weights are a pure function of (base, composition); two revisions with
+the same composition have the same bytes.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from app.errors import InvalidInput
+
+Digest: TypeAlias = str  # lower-case sha256, 64 hexadecimal digits
+Composition: TypeAlias = tuple[Digest, ...]
+
+T = TypeVar("T")
+
+SUBJECT_SLOT = "{}"
+ID_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32
+
+
+class Mode(StrEnum):
+    """Where an edit goes: onto the live model, or each fact onto a sandbox of its own."""
+
+    SEQUENTIAL = "sequential"
+    INDEPENDENT = "independent"
+
+
+class Cause(StrEnum):
+    """Why a revision exists."""
+
+    BASE = "base"
+    EDIT = "edit"
+    UNDO = "undo"
+    REVERT = "revert"
+    RESET = "reset"
+    PROMOTE = "promote"
+    IMPORT = "import"
+    COMPACT = "compact"
+
+
+class EditStatus(StrEnum):
+    """Life of an edit in the journal; only ``committed`` edits are part of any state.
+
+    ``measured`` edits ran with ``keep: false``; ``discarded`` ones were prepared but never
+    committed, because the server stopped in between.
+    """
+
+    PREPARED = "prepared"
+    COMMITTED = "committed"
+    MEASURED = "measured"
+    DISCARDED = "discarded"
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """A prompt and the continuation expected of it; ``None`` means "as before the edit"."""
+
+    prompt: str
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One request to change what the model says.
+
+    ``prompt`` holds ``{}`` where the subject stands, or contains the subject itself (then its
+    last occurrence is taken). ``target`` is the continuation wanted, without leading space.
+    """
+
+    prompt: str
+    subject: str
+    target: str
+    ground_truth: str | None = None
+    rephrase_prompts: tuple[str, ...] = ()
+    locality: tuple[Expectation, ...] = ()
+    portability: tuple[Expectation, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.subject.strip():
+            raise InvalidInput("The subject is empty; name the entity to edit.", field="subject")
+        if not self.target.strip():
+            raise InvalidInput(
+                "The target is empty; give the text the model should say.", field="target"
+            )
+        slots = self.prompt.count(SUBJECT_SLOT)
+        if slots > 1:
+            raise InvalidInput(
+                f"The prompt has {slots} '{{}}' slots; keep exactly one.", field="prompt"
+            )
+        if slots == 0 and self.subject not in self.prompt:
+            raise InvalidInput(
+                f"The subject {self.subject!r} is not in the prompt; write the prompt with '{{}}' "
+                "where the subject stands, or include the subject word for word.",
+                field="subject",
+            )
+
+    @property
+    def template(self) -> str:
+        """The prompt with ``{}`` at the subject."""
+        if SUBJECT_SLOT in self.prompt:
+            return self.prompt
+        before, _, after = self.prompt.rpartition(self.subject)
+        return f"{before}{SUBJECT_SLOT}{after}"
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject filled in."""
+        return self.template.replace(SUBJECT_SLOT, self.subject)
+
+
+@dataclass(frozen=True, slots=True)
+class FactOutcome:
+    """A fact, and what the model said before and after its edit (greedy continuation).
+
+    ``details`` holds what the method or the evaluation measured of this fact alone, for
+    example ``loss`` (nats per target token), ``steps`` or ``paraphrases_followed``.
+    """
+
+    fact: Fact
+    before: str
+    after: str
+    success: bool
+    sandbox: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One accepted edit as the journal keeps it.
+
+    ``deltas`` has one digest in sequential mode and one per fact in independent mode.
+    ``parent`` is the revision the edit was computed on (the sandbox's root when ``sandboxes``
+    is not empty); ``revision`` the one it made, ``None`` where no live weight changed.
+    """
+
+    id: str
+    mode: Mode
+    method: str
+    hparams: Mapping[str, Any]
+    seed: int
+    parent: int
+    outcomes: tuple[FactOutcome, ...]
+    deltas: tuple[Digest, ...]
+    sandboxes: tuple[str, ...]
+    metrics: Mapping[str, float | None]
+    timings: Mapping[str, float]
+    state_hash: Digest | None
+    created_at: datetime
+    status: EditStatus = EditStatus.PREPARED
+    revision: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """An immutable state of the live model.
+
+    ``deltas`` are the digests appended to the parent's composition; ``restored`` names the
+    revision whose composition is taken over instead (revert, reset), and then ``deltas`` is
+    empty.
+    """
+
+    number: int
+    parent: int | None
+    cause: Cause
+    state_hash: Digest
+    created_at: datetime
+    edit: str | None = None
+    sandbox: str | None = None
+    restored: int | None = None
+    deltas: tuple[Digest, ...] = ()
+
+    @property
+    def id(self) -> str:
+        return f"r{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    name: str
+    revision: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Sandbox:
+    """A copy-on-write branch: its root revision plus its own edits, as deltas only."""
+
+    id: str
+    root: int
+    edits: tuple[str, ...]
+    deltas: tuple[Digest, ...]
+    state_hash: Digest
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class BaseIdentity:
+    """The base model a journal belongs to. ``digest`` hashes its parameters as loaded."""
+
+    digest: Digest
+    name: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """One page of a list; ``next`` is the cursor of the following page, if there is one."""
+
+    items: tuple[T, ...]
+    next: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EditCommand:
+    """What a caller asks of ``POST /edits``, already validated field by field."""
+
+    facts: tuple[Fact, ...]
+    mode: Mode = Mode.SEQUENTIAL
+    method: str | None = None
+    sandbox: str | None = None
+    hparams: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    keep: bool = True
+    evaluate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class EditPlan:
+    """A method and its complete, validated hyperparameters."""
+
+    method: str
+    hparams: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A computed, not yet accepted delta: safetensors bytes, and what the method measured of
+    each fact in it."""
+
+    payload: bytes
+    details: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """Outcomes per fact (in the order given) and the metrics over all of them."""
+
+    outcomes: tuple[FactOutcome, ...]
+    metrics: Mapping[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedView:
+    """What a read looks at: the name asked for, and the state it stood for at that moment."""
+
+    view: str
+    composition: Composition
+    revision: int | None = None
+    sandbox: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to continue a prompt. ``temperature`` 0 is greedy; ``top_k`` 0 keeps every token."""
+
+    max_new_tokens: int = 32
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChoice:
+    """One generated token; ``logprob`` is the model's own (before temperature), in nats."""
+
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """``finish_reason``: ``stop`` (end of text or a stop string) or ``length``."""
+
+    text: str
+    finish_reason: str
+    tokens: tuple[TokenChoice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateScore:
+    """A candidate continuation: its probability and log-probability given the prompt (summed
+    over its tokens), and the rank of its first token among the vocabulary (1 = most likely)."""
+
+    text: str
+    probability: float
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """What one view thinks of one prompt: scored candidates and the ``top`` next tokens."""
+
+    prompt: str
+    candidates: tuple[CandidateScore, ...]
+    top: tuple[TokenChoice, ...]
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def new_id(prefix: str) -> str:
+    """A short id that sorts by time: ``prefix`` + 9 digits of milliseconds + 4 random digits."""
+    milliseconds = time.time_ns() // 1_000_000
+    digits = "".join(ID_ALPHABET[(milliseconds >> shift) & 31] for shift in range(40, -1, -5))
+    return prefix + digits + "".join(secrets.choice(ID_ALPHABET) for _ in range(4))
+
+
+def parse_revision(text: str) -> int | None:
+    """``"r17"`` → 17; ``None`` when ``text`` is not written like a revision."""
+    if text.startswith("r") and text[1:].isascii() and text[1:].isdigit():
+        return int(text[1:])
+    return None

@@ -1,0 +1,159 @@
+"""The editor: a method, hyperparameters, a state and facts in; deltas out, nothing changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from app.domain import Composition, EditPlan, Fact, Proposal
+from app.editing.contexts import generate_contexts
+from app.editing.method import Method, Solution
+from app.editing.registry import METHODS, describe, find_method
+from app.editing.statistics import Statistics
+from app.editing.workbench import Workbench
+from app.errors import EditRejected, InvalidInput, PalimpsestError
+from app.weights.prompts import trace_prompt
+from app.weights.views import ViewCache
+
+DEFAULT_METHOD = "rome"
+DEFAULT_DEPTH = 0.2  # GPT2-XL was edited at .35, GPT-J and Llama at .16 to .18 of the depth
+CONTEXT_SEED = 0
+
+
+class Editor:
+    """Computes edits of one base model. Calls must not overlap (the writer lane sees to it)."""
+
+    def __init__(
+        self,
+        views: ViewCache,
+        *,
+        data: Path,
+        corpus: Path | None = None,
+        statistics_tokens: int | None = None,
+        max_relative_norm: float = 10.0,
+    ) -> None:
+        self._views = views
+        self._loaded = views.loaded
+        self._statistics = Statistics(
+            views.loaded, folder=data, corpus=corpus, tokens=statistics_tokens
+        )
+        self._contexts: dict[tuple[int, int], tuple[str, ...]] = {}
+        self._max_relative_norm = max_relative_norm
+
+    def plan(self, method: str | None, hparams: Mapping[str, Any]) -> EditPlan:
+        """Defaults, then the model's own recommendations, then what the caller gave.
+
+        Raises:
+            UnknownMethod, InvalidInput: names the parameter and its range.
+        """
+        chosen = find_method(method or self._default_method)
+        recommended = self._recommended(chosen.name)
+        if "layer" not in recommended and "layer" not in hparams:
+            recommended["layer"] = round(DEFAULT_DEPTH * self._loaded.anatomy.depth)
+        try:
+            params = chosen.parameters.model_validate({**recommended, **hparams})
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "hparams"
+            known = ", ".join(chosen.parameters.model_fields)
+            raise InvalidInput(
+                f"{place}: {first['msg']}. The parameters of {chosen.name} are {known}.",
+                field=f"hparams.{place}",
+            ) from error
+        if params.layer >= self._loaded.anatomy.depth:
+            raise InvalidInput(
+                f"The model has layers 0 to {self._loaded.anatomy.depth - 1}; "
+                f"there is no layer {params.layer}.",
+                field="hparams.layer",
+            )
+        return EditPlan(chosen.name, params.model_dump(mode="json"))
+
+    def methods(self) -> Sequence[Mapping[str, Any]]:
+        """Every method with its paper, parameters and default layer on this model."""
+        return [
+            describe(method, int(self.plan(name, {}).hparams["layer"]))
+            for name, method in METHODS.items()
+        ]
+
+    def check(self, facts: Sequence[Fact]) -> None:
+        """Refuse facts that don't fit the context window, before any work is done.
+
+        Raises:
+            ContextExceeded: names the fact.
+        """
+        for index, fact in enumerate(facts):
+            try:
+                trace_prompt(self._loaded, fact.template, fact.subject, fact.target)
+            except PalimpsestError as error:
+                error.field = f"facts[{index}].prompt"
+                raise
+
+    def propose(
+        self,
+        plan: EditPlan,
+        composition: Composition,
+        facts: Sequence[Fact],
+        *,
+        independent: bool,
+        seed: int,
+        timings: dict[str, float],
+    ) -> list[Proposal]:
+        """Deltas for ``facts`` on the state ``composition``: one for all of them, or with
+        ``independent`` one for each as if it were alone.
+
+        Raises:
+            EditRejected: the result isn't finite, or larger than the norm bound.
+        """
+        method = find_method(plan.method)
+        params = method.parameters.model_validate(plan.hparams)
+        torch.manual_seed(seed)
+        bench = Workbench(
+            loaded=self._loaded,
+            model=self._views.private(composition),
+            sums=dict(self._views.sums(composition)),
+            covariance=self._statistics.covariance,
+            contexts=self._context_templates,
+            seed=seed,
+            timings=timings,
+        )
+        for name in ("statistics_s", "keys_s", "values_s", "solve_s"):
+            timings.setdefault(name, 0.0)
+        if independent:
+            solutions = method.solve_each(bench, facts, params)
+        else:
+            solutions = [method.solve_all(bench, facts, params)]
+        return [self._accept(method, solution) for solution in solutions]
+
+    def _accept(self, method: Method[Any], solution: Solution) -> Proposal:
+        if not solution.delta.is_finite():
+            raise EditRejected(
+                f"{method.name} gave a change that is not finite; nothing was changed. "
+                "Try a smaller learning_rate or another layer."
+            )
+        for name, change in solution.delta.changes.items():
+            base = float(self._loaded.model.get_parameter(name).float().norm())
+            ratio = change.norm() / max(base, 1e-12)
+            if ratio > self._max_relative_norm:
+                raise EditRejected(
+                    f"{method.name} would change {name} by {ratio:.2f} times its own norm "
+                    f"(the bound is {self._max_relative_norm:g}); nothing was changed. "
+                    "Try a smaller clamp or another layer."
+                )
+        return Proposal(solution.delta.to_bytes(), solution.details)
+
+    @property
+    def _default_method(self) -> str:
+        return str(self._loaded.recommendations.get("default_method", DEFAULT_METHOD))
+
+    def _recommended(self, method: str) -> dict[str, Any]:
+        return dict(self._loaded.recommendations.get("methods", {}).get(method, {}))
+
+    def _context_templates(self, count: int, length: int) -> tuple[str, ...]:
+        key = (count, length)
+        if key not in self._contexts:
+            self._contexts[key] = generate_contexts(self._loaded, count, length, CONTEXT_SEED)
+        return self._contexts[key]

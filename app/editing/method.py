@@ -1,0 +1,54 @@
+"""The contract of an editing method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+from app.domain import Fact
+from app.editing.parameters import Parameters
+from app.editing.workbench import Workbench
+from app.weights.delta import Delta, concatenate
+
+P = TypeVar("P", bound=Parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A delta, and what was measured while solving it, one mapping per fact."""
+
+    delta: Delta
+    details: tuple[Mapping[str, Any], ...]
+
+
+class Method(ABC, Generic[P]):
+    """One editing method. Stateless: everything it needs comes in with the call."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    rank: ClassVar[str]
+    needs_statistics: ClassVar[bool]
+    sequential: ClassVar[str]
+    parameters: type[P]
+
+    @abstractmethod
+    def solve_each(self, bench: Workbench, facts: Sequence[Fact], params: P) -> list[Solution]:
+        """Each fact as if it were the only one, on the bench's state."""
+
+    def solve_all(self, bench: Workbench, facts: Sequence[Fact], params: P) -> Solution:
+        """All facts in one delta: one after another, each on the state the former made."""
+        solutions: list[Solution] = []
+        for fact in facts:
+            (solution,) = self.solve_each(bench, [fact], params)
+            solutions.append(solution)
+            if len(facts) > 1:
+                bench.apply(solution.delta)
+        return Solution(
+            concatenate([solution.delta for solution in solutions])
+            if len(solutions) > 1
+            else solutions[0].delta,
+            tuple(detail for solution in solutions for detail in solution.details),
+        )

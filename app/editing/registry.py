@@ -1,0 +1,39 @@
+"""The methods there are, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from app.editing.finetune import FineTune
+from app.editing.method import Method
+from app.editing.rome import Rome
+from app.errors import UnknownMethod
+
+METHODS: Mapping[str, Method[Any]] = {method.name: method for method in (Rome(), FineTune())}
+
+
+def find_method(name: str) -> Method[Any]:
+    """Raises:
+    UnknownMethod: names the methods there are.
+    """
+    found = METHODS.get(name)
+    if found is None:
+        raise UnknownMethod(
+            f"There is no method {name!r}; the methods are {', '.join(METHODS)}.", field="method"
+        )
+    return found
+
+
+def describe(method: Method[Any], layer: int) -> Mapping[str, Any]:
+    """What ``GET /methods`` says of a method: paper, rank, parameters with their ranges."""
+    return {
+        "name": method.name,
+        "title": method.title,
+        "paper": method.paper,
+        "rank": method.rank,
+        "needs_statistics": method.needs_statistics,
+        "sequential": method.sequential,
+        "default_layer": layer,
+        "parameters": method.parameters.model_json_schema()["properties"],
+    }

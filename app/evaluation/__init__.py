@@ -1,0 +1,1 @@
+"""What an edit did: greedy free generation first, teacher-forced scores second, named as such."""

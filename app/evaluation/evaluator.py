@@ -1,0 +1,194 @@
+"""The evaluator: answers and scores of facts before and after an edit, on any state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import exp
+
+from transformers import PreTrainedModel
+
+from app.domain import (
+    Assessment,
+    CandidateScore,
+    Composition,
+    Fact,
+    FactOutcome,
+    ProbeResult,
+    TokenChoice,
+)
+from app.evaluation.answers import first_clause, says
+from app.evaluation.scoring import Score, next_logprobs, score_targets
+from app.weights.decoding import decode_greedily
+from app.weights.prompts import target_length
+from app.weights.views import ViewCache
+
+ANSWER_TOKENS = 8  # enough for a name; longer targets get as many tokens as they have
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What one fact's prompts gave, as lists of hits."""
+
+    efficacy: list[bool] = field(default_factory=list)
+    paraphrase: list[bool] = field(default_factory=list)
+    locality: list[bool] = field(default_factory=list)
+    portability: list[bool] = field(default_factory=list)
+
+
+class Evaluator:
+    """Measures states by generating greedily; teacher-forced figures are named as such."""
+
+    def __init__(self, views: ViewCache) -> None:
+        self._views = views
+        self._loaded = views.loaded
+
+    def assess(
+        self,
+        facts: Sequence[Fact],
+        before: Composition,
+        after: Sequence[Composition],
+        *,
+        full: bool,
+    ) -> Assessment:
+        """Compare ``before`` with the state each fact has afterwards (``after[i]``).
+
+        With ``full``, paraphrase, locality (the answer is the one before the edit) and
+        portability prompts are generated too; otherwise only the facts' own prompts.
+        """
+        old = self._views.get(before).model
+        pairs = [(fact.text, fact.target) for fact in facts]
+        said_before = self._answers(old, pairs)
+        kept_before = self._answers(old, _locality_pairs(facts)) if full else []
+        outcomes: list[FactOutcome] = []
+        tallies: list[_Tally] = []
+        cursor = 0
+        for state, group in _by_state(facts, after):
+            new = self._views.get(state).model
+            said_after = self._answers(new, [(fact.text, fact.target) for fact in group])
+            scores = score_targets(new, self._loaded, [(f.text, f.target) for f in group])
+            group_tallies = [
+                _Tally([says(text, f.target)]) for text, f in zip(said_after, group, strict=True)
+            ]
+            if full:
+                kept = kept_before[: sum(len(fact.locality) for fact in group)]
+                kept_before = kept_before[len(kept) :]
+                self._fill(new, group, group_tallies, kept)
+            for fact, text, score, tally in zip(
+                group, said_after, scores, group_tallies, strict=True
+            ):
+                outcomes.append(_outcome(fact, said_before[cursor], text, score, tally))
+                cursor += 1
+            tallies.extend(group_tallies)
+        return Assessment(tuple(outcomes), _metrics(outcomes, tallies))
+
+    def probe(
+        self,
+        composition: Composition,
+        prompts: Sequence[str],
+        candidates: Sequence[str],
+        top_k: int,
+    ) -> list[ProbeResult]:
+        """Candidate continuations scored, and the ``top_k`` next tokens, per prompt."""
+        model = self._views.get(composition).model
+        pairs = [(prompt, candidate) for prompt in prompts for candidate in candidates]
+        scores = score_targets(model, self._loaded, pairs) if pairs else []
+        logprobs = next_logprobs(model, self._loaded, prompts)
+        results = []
+        for index, prompt in enumerate(prompts):
+            mine = scores[index * len(candidates) : (index + 1) * len(candidates)]
+            values, tokens = logprobs[index].topk(min(top_k, logprobs.shape[1]))
+            results.append(
+                ProbeResult(
+                    prompt,
+                    tuple(
+                        CandidateScore(text, exp(score.logprob), score.logprob, score.first_rank)
+                        for text, score in zip(candidates, mine, strict=True)
+                    ),
+                    tuple(
+                        TokenChoice(token, str(self._loaded.tokenizer.decode([token])), value)
+                        for token, value in zip(tokens.tolist(), values.tolist(), strict=True)
+                    ),
+                )
+            )
+        return results
+
+    def _fill(
+        self,
+        model: PreTrainedModel,
+        facts: Sequence[Fact],
+        tallies: Sequence[_Tally],
+        kept_before: Sequence[str],
+    ) -> None:
+        """Generate paraphrase, locality and portability prompts of one state in one go."""
+        paraphrases = [(p, f.target) for f in facts for p in f.rephrase_prompts]
+        locality = _locality_pairs(facts)
+        portability = [(e.prompt, e.answer or "") for f in facts for e in f.portability]
+        answers = iter(self._answers(model, [*paraphrases, *locality, *portability]))
+        for fact, tally in zip(facts, tallies, strict=True):
+            tally.paraphrase = [says(next(answers), fact.target) for _ in fact.rephrase_prompts]
+        before = iter(kept_before)
+        for fact, tally in zip(facts, tallies, strict=True):
+            tally.locality = [
+                first_clause(next(answers)) == first_clause(next(before)) for _ in fact.locality
+            ]
+        for fact, tally in zip(facts, tallies, strict=True):
+            tally.portability = [says(next(answers), e.answer or "") for e in fact.portability]
+
+    def _answers(self, model: PreTrainedModel, pairs: Sequence[tuple[str, str]]) -> list[str]:
+        """Greedy continuations, long enough to hold each pair's expected answer."""
+        if not pairs:
+            return []
+        lengths = [
+            max(ANSWER_TOKENS, target_length(self._loaded, prompt, answer))
+            if answer
+            else ANSWER_TOKENS
+            for prompt, answer in pairs
+        ]
+        return decode_greedily(model, self._loaded, [prompt for prompt, _ in pairs], lengths)
+
+
+def _locality_pairs(facts: Sequence[Fact]) -> list[tuple[str, str]]:
+    return [(e.prompt, e.answer or "") for fact in facts for e in fact.locality]
+
+
+def _by_state(
+    facts: Sequence[Fact], after: Sequence[Composition]
+) -> Iterable[tuple[Composition, list[Fact]]]:
+    """Runs of facts that share a state, in order."""
+    group: list[Fact] = []
+    for index, (fact, state) in enumerate(zip(facts, after, strict=True)):
+        group.append(fact)
+        if index + 1 == len(facts) or after[index + 1] != state:
+            yield state, group
+            group = []
+
+
+def _outcome(fact: Fact, before: str, after: str, score: Score, tally: _Tally) -> FactOutcome:
+    details: dict[str, float | int] = {
+        "probability": exp(score.logprob),
+        "rank": score.first_rank,
+        "teacher_forced": score.matched,
+    }
+    for name in ("paraphrase", "locality", "portability"):
+        hits: list[bool] = getattr(tally, name)
+        if hits:
+            details[name] = sum(hits) / len(hits)
+    return FactOutcome(
+        fact, first_clause(before), first_clause(after), tally.efficacy[0], details=details
+    )
+
+
+def _metrics(outcomes: Sequence[FactOutcome], tallies: Sequence[_Tally]) -> dict[str, float | None]:
+    metrics: dict[str, float | None] = {
+        name: _mean([float(hit) for tally in tallies for hit in getattr(tally, name)])
+        for name in ("efficacy", "paraphrase", "locality", "portability")
+    }
+    metrics["efficacy_teacher_forced"] = _mean(
+        [float(outcome.details["teacher_forced"]) for outcome in outcomes]
+    )
+    return metrics
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,66 @@
+"""Teacher-forced scores: what a model thinks of a given continuation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from app.weights.head import hidden_states, logits_of
+from app.weights.loading import LoadedModel
+from app.weights.prompts import TracedPrompt, pad_rows, trace_prompt
+
+ROWS_PER_PASS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """``logprob``: sum over the target's tokens (nats). ``matched``: share of its tokens that
+    are the model's first choice. ``first_rank``: rank of its first token (1 = most likely)."""
+
+    logprob: float
+    matched: float
+    first_rank: int
+
+
+@torch.inference_mode()
+def score_targets(
+    model: PreTrainedModel, loaded: LoadedModel, pairs: Sequence[tuple[str, str]]
+) -> list[Score]:
+    """Score each ``(prompt, target)`` pair, in the order given."""
+    rows = [trace_prompt(loaded, prompt, None, target) for prompt, target in pairs]
+    return [
+        score
+        for start in range(0, len(rows), ROWS_PER_PASS)
+        for score in _score_rows(model, loaded, rows[start : start + ROWS_PER_PASS])
+    ]
+
+
+@torch.inference_mode()
+def next_logprobs(model: PreTrainedModel, loaded: LoadedModel, prompts: Sequence[str]) -> Tensor:
+    """Log-probabilities ``(prompts, vocabulary)`` of the next token, on the CPU."""
+    rows = [trace_prompt(loaded, prompt, None).ids for prompt in prompts]
+    ids, mask = pad_rows(rows, loaded.pad_id, loaded.device)
+    last = [len(row) - 1 for row in rows]
+    hidden = hidden_states(model, ids, mask)[torch.arange(len(rows)), last]
+    return logits_of(model, hidden).log_softmax(dim=-1).cpu()
+
+
+def _score_rows(
+    model: PreTrainedModel, loaded: LoadedModel, rows: Sequence[TracedPrompt]
+) -> list[Score]:
+    ids, mask = pad_rows([row.ids for row in rows], loaded.pad_id, loaded.device)
+    hidden = hidden_states(model, ids, mask)
+    scores = []
+    for index, row in enumerate(rows):
+        predicted = hidden[index, row.prompt_length - 1 : len(row.ids) - 1]
+        logprobs = logits_of(model, predicted).log_softmax(dim=-1)
+        wanted = ids[index, row.prompt_length : len(row.ids)]
+        gold = logprobs.gather(1, wanted[:, None])[:, 0]
+        matched = (logprobs.argmax(dim=-1) == wanted).float().mean()
+        rank = int((logprobs[0] > gold[0]).sum()) + 1
+        scores.append(Score(float(gold.sum()), float(matched), rank))
+    return scores

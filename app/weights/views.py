@@ -1,0 +1,186 @@
+"""Resident states of the model: each view is a fork that differs in the edited matrices only.
+
+A view never changes once it is made, so a generation that holds one runs to its end on it,
+whatever commits meanwhile. The live view stays resident; others are kept within a budget of
+bytes and made again from base and deltas when they are asked for later.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from app.domain import BaseIdentity, Composition, Digest
+from app.weights.delta import Delta
+from app.weights.digest import combined_digest
+from app.weights.fold import accumulate, materialise
+from app.weights.fork import fork, graft
+from app.weights.loading import LoadedModel
+
+DeltaLoader = Callable[[Digest], bytes]
+KEPT_SUMS = 3  # the live one, its predecessor and a candidate: a commit then folds one delta
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """One state. ``model`` must only run forward passes without hooks; take
+    ``ViewCache.private`` to hook or change modules. ``matrices`` holds the edited ones."""
+
+    composition: Composition
+    model: PreTrainedModel
+    matrices: Mapping[str, Tensor]
+    state_hash: Digest
+
+    @property
+    def nbytes(self) -> int:
+        return sum(matrix.nbytes for matrix in self.matrices.values())
+
+
+class ViewCache:
+    """Makes and keeps views. Thread-safe; holds no lock while a view is in use."""
+
+    def __init__(
+        self, loaded: LoadedModel, *, load_delta: DeltaLoader, budget_bytes: int = 1 << 30
+    ) -> None:
+        self.loaded = loaded
+        self._load_delta = load_delta
+        self._budget = budget_bytes
+        self._lock = threading.Lock()
+        self._building = threading.Lock()
+        self._resident: OrderedDict[Composition, View] = OrderedDict()
+        self._sums: OrderedDict[Composition, dict[str, Tensor]] = OrderedDict()
+        self._base = View((), loaded.model, {}, loaded.identity.digest)
+        self._live = self._base
+
+    @property
+    def base(self) -> BaseIdentity:
+        return self.loaded.identity
+
+    def get(self, composition: Composition) -> View:
+        """The view of a composition, made if it isn't resident.
+
+        Raises:
+            JournalError: a delta is missing or damaged.
+        """
+        found = self._find(composition)
+        if found is not None:
+            return found
+        with self._building:
+            found = self._find(composition)
+            if found is None:
+                found = self._build(composition)
+                self._keep(found)
+        return found
+
+    def private(self, composition: Composition) -> PreTrainedModel:
+        """A fork of a view for one caller alone, free to be hooked and grafted."""
+        return fork(self.get(composition).model)
+
+    def sums(self, composition: Composition) -> dict[str, Tensor]:
+        """The fp32 sums ``S`` per edited matrix; the caller must not write to them."""
+        with self._building:
+            return self._sum(composition)
+
+    def state_hash(self, composition: Composition) -> Digest:
+        """sha256 over the edited matrices' bytes; the base's own digest for the base."""
+        return self.get(composition).state_hash
+
+    def pin_live(self, composition: Composition) -> None:
+        """Keep this view resident as the live one; the former live view joins the others."""
+        view = self.get(composition)
+        with self._lock:
+            former, self._live = self._live, view
+            self._resident.pop(view.composition, None)
+        self._keep(former)
+
+    def describe(self) -> Mapping[str, Any]:
+        """What is loaded, and how much of it is resident."""
+        model, config = self.loaded.model, self.loaded.model.config
+        with self._lock:
+            views = [self._live, *self._resident.values()]
+        return {
+            "name": self.base.name,
+            "architecture": config.model_type,
+            "digest": self.base.digest,
+            "dtype": self.base.dtype,
+            "device": str(self.loaded.device),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "layers": self.loaded.anatomy.depth,
+            "hidden_size": config.hidden_size,
+            "context_window": self.loaded.context_window,
+            "vocabulary": config.vocab_size,
+            "views_resident": len(views),
+            "views_bytes": sum(view.nbytes for view in views),
+        }
+
+    def _find(self, composition: Composition) -> View | None:
+        if not composition:
+            return self._base
+        live = self._live
+        if live.composition == composition:
+            return live
+        with self._lock:
+            view = self._resident.get(composition)
+            if view is not None:
+                self._resident.move_to_end(composition)
+            return view
+
+    def _keep(self, view: View) -> None:
+        """Let the least recently used views go once the budget is spent; a generation that
+        still runs on one keeps it alive until its end."""
+        with self._lock:
+            if view is self._base or view is self._live:
+                return
+            self._resident[view.composition] = view
+            self._resident.move_to_end(view.composition)
+            spent = sum(kept.nbytes for kept in self._resident.values())
+            while spent > self._budget and len(self._resident) > 1:
+                _, dropped = self._resident.popitem(last=False)
+                spent -= dropped.nbytes
+
+    def _build(self, composition: Composition) -> View:
+        anatomy = self.loaded.anatomy
+        matrices: dict[str, Tensor] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            for name, total in self._sum(composition).items():
+                base = self.loaded.model.get_parameter(name)
+                stored = materialise(anatomy.orient(base), total)
+                matrices[name] = anatomy.orient(stored).contiguous()
+        model = fork(self.loaded.model)
+        graft(model, matrices)
+        state = combined_digest(self.base.digest, matrices)
+        return View(composition, model, matrices, state)
+
+    def _sum(self, composition: Composition) -> dict[str, Tensor]:
+        """Sums for a composition, from the longest prefix still at hand."""
+        start = len(composition)
+        while start and composition[:start] not in self._sums:
+            start -= 1
+        sums = dict(self._sums.get(composition[:start], {}))
+        if start == len(composition):
+            return sums
+        fresh: set[str] = set()
+        for digest in composition[start:]:
+            for name, change in Delta.from_bytes(self._load_delta(digest)).changes.items():
+                if name not in fresh:
+                    sums[name] = self._writable(name, sums.get(name))
+                    fresh.add(name)
+                accumulate(sums[name], change)
+        self._sums[composition] = sums
+        idle = [key for key in self._sums if key not in (composition, self._live.composition)]
+        for key in idle[: max(0, len(self._sums) - KEPT_SUMS)]:
+            del self._sums[key]
+        return sums
+
+    def _writable(self, name: str, total: Tensor | None) -> Tensor:
+        if total is not None:
+            return total.clone()
+        base = self.loaded.anatomy.orient(self.loaded.model.get_parameter(name))
+        return torch.zeros(base.shape, dtype=torch.float32, device=base.device)

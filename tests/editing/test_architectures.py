@@ -1,0 +1,30 @@
+"""Every architecture of the table takes a ROME and an FT edit."""
+
+from __future__ import annotations
+
+from math import exp
+
+import pytest
+
+from app.evaluation.scoring import score_targets
+from tests.editing.conftest import FACTS, MakeEditor
+from tests.tiny import CONFIGS, MemoryDeltas
+
+
+@pytest.mark.parametrize("method", ["rome", "ft"])
+@pytest.mark.parametrize("model_type", sorted(CONFIGS))
+def test_an_edit_raises_the_probability_of_its_target(
+    make_editor: MakeEditor, deltas: MemoryDeltas, model_type: str, method: str
+) -> None:
+    editor, views = make_editor(model_type)
+    fact = FACTS[0]
+    plan = editor.plan(method, {"layer": 1})
+    (proposal,) = editor.propose(plan, (), [fact], independent=False, seed=0, timings={})
+    after = (deltas.add(proposal.payload),)
+
+    def probability(composition: tuple[str, ...]) -> float:
+        model = views.get(composition).model
+        (score,) = score_targets(model, views.loaded, [(fact.text, fact.target)])
+        return exp(score.logprob)
+
+    assert probability(after) > 1.1 * probability(())

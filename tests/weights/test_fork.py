@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import torch
+
+from app.weights.fork import fork, graft
+from app.weights.tracing import changing_output
+from tests.tiny import TinyModels
+
+PROMPT = torch.tensor([[1, 50, 60, 70]])
+
+
+def test_a_fork_shares_every_tensor_and_no_module(tiny: TinyModels) -> None:
+    model = tiny.load().model
+    copy = fork(model)
+    assert all(a is b for a, b in zip(model.parameters(), copy.parameters(), strict=True))
+    assert not {id(module) for module in model.modules()} & {id(m) for m in copy.modules()}
+
+
+def test_tied_weights_stay_tied_in_a_fork(tiny: TinyModels) -> None:
+    copy = fork(tiny.load("gpt2").model)
+    embedding = copy.get_parameter("transformer.wte.weight")
+    assert copy.get_parameter("lm_head.weight") is embedding
+
+
+def test_grafting_a_fork_changes_nothing_in_the_original(tiny: TinyModels) -> None:
+    loaded = tiny.load()
+    before = loaded.model(PROMPT).logits
+    copy = fork(loaded.model)
+    name = loaded.anatomy.matrix_name(1)
+    graft(copy, {name: torch.zeros_like(loaded.model.get_parameter(name))})
+    assert not torch.equal(copy(PROMPT).logits, before)
+    assert torch.equal(loaded.model(PROMPT).logits, before)
+
+
+def test_a_hook_on_a_fork_does_not_fire_in_the_original(tiny: TinyModels) -> None:
+    loaded = tiny.load()
+    copy = fork(loaded.model)
+    calls: list[int] = []
+
+    def note(output: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return output
+
+    with changing_output(loaded.anatomy.projection(copy, 0), note):
+        loaded.model(PROMPT)
+        assert calls == []
+        copy(PROMPT)
+    assert calls == [1]

@@ -330,6 +330,7 @@ def new_id(prefix: str) -> str:
 
 def parse_revision(text: str) -> int | None:
     """``"r17"`` → 17; ``None`` when ``text`` is not written like a revision."""
-    if text.startswith("r") and text[1:].isascii() and text[1:].isdigit():
-        return int(text[1:])
+    digits = text[1:]
+    if text.startswith("r") and digits.isascii() and digits.isdigit() and len(digits) < 19:
+        return int(digits)
     return None

@@ -43,7 +43,14 @@ from app.domain import (
     parse_revision,
     utc_now,
 )
-from app.errors import Conflict, InvalidInput, JournalError, NotFound, Overloaded
+from app.errors import (
+    Conflict,
+    InvalidInput,
+    JournalError,
+    NotFound,
+    Overloaded,
+    PalimpsestError,
+)
 
 log = structlog.get_logger(__name__)
 R = TypeVar("R")
@@ -230,7 +237,7 @@ class Service:
             checkpoint = self._journal.checkpoint(view)
             number = checkpoint.revision if checkpoint else None
         if number is not None:
-            self.revision(number)
+            self._journal.revision(number)
             return ResolvedView(view, self._journal.composition(number), revision=number)
         sandbox = self._journal.sandbox(view)
         if sandbox is None:
@@ -290,9 +297,6 @@ class Service:
         return self._journal.edits(limit, cursor, mode=mode, method=method, status=status)
 
     def revision(self, number: int) -> Revision:
-        """Raises NotFound, also for numbers too large for a database."""
-        if number > self.head.number:
-            raise NotFound(f"There is no revision r{number}; the newest is {self.head.id}.")
         return self._journal.revision(number)
 
     def revisions(self, limit: int, cursor: str | None) -> Page[Revision]:
@@ -533,12 +537,19 @@ class Service:
                 self._views.pin_live((*start, *edit.deltas))
             self._journal.commit_edit(edit, revision=revision, sandboxes=sandboxes)
         except BaseException:
-            self._views.pin_live(self._head.composition)
-            self._journal.discard_edit(edit.id)
+            self._abandon(edit)
             raise
         if revision is not None:
             self._head = Head(revision, (*start, *edit.deltas))
         return edit
+
+    def _abandon(self, edit: Edit) -> None:
+        """Take a failed commit back. What can't be noted now, start-up finds and discards."""
+        self._views.pin_live(self._head.composition)
+        try:
+            self._journal.discard_edit(edit.id)
+        except PalimpsestError as error:
+            log.warning("a failed edit is still marked prepared", edit=edit.id, error=error.detail)
 
     def _results(
         self, edit: Edit, hashes: Sequence[Digest], parent: Revision, sandbox: Sandbox | None

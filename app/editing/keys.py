@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from app.domain import SUBJECT_SLOT, Fact
+from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
 from app.weights.prompts import TracedPrompt, pad_rows, trace_prompt
 from app.weights.tracing import StopForward, stopping, tracing_input
@@ -17,7 +17,7 @@ ROWS_PER_PASS = 256
 
 
 def solve_keys(
-    model: PreTrainedModel,
+    model: LanguageModel,
     loaded: LoadedModel,
     facts: Sequence[Fact],
     layer: int,
@@ -38,7 +38,7 @@ def solve_keys(
 
 
 def _read_keys(
-    model: PreTrainedModel, loaded: LoadedModel, rows: Sequence[TracedPrompt], layer: int
+    model: LanguageModel, loaded: LoadedModel, rows: Sequence[TracedPrompt], layer: int
 ) -> Tensor:
     ids, mask = pad_rows([row.ids for row in rows], loaded.pad_id, loaded.device)
     positions = [row.subject for row in rows]

@@ -57,7 +57,7 @@ class Statistics:
         tokens: int | None = None,
     ) -> None:
         self._loaded = loaded
-        self._folder = folder / "statistics" / loaded.identity.digest[:16]
+        self._folder = folder / loaded.identity.digest[:16]
         self._corpus = corpus
         self._tokens = tokens
         self._factors: OrderedDict[tuple[int, float], Covariance] = OrderedDict()

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from app.domain import SUBJECT_SLOT, Fact
 from app.weights.head import hidden_states, logits_of
+from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
 from app.weights.prompts import TracedPrompt, pad_rows, trace_prompt
 from app.weights.tracing import changing_output
@@ -63,7 +63,7 @@ class _Rows:
 
 
 def optimise_values(
-    model: PreTrainedModel,
+    model: LanguageModel,
     loaded: LoadedModel,
     facts: Sequence[Fact],
     layer: int,
@@ -89,7 +89,7 @@ class _Search:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: LanguageModel,
         loaded: LoadedModel,
         facts: Sequence[Fact],
         layer: int,

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from app.editing.statistics import Covariance
 from app.weights.delta import Delta
 from app.weights.fold import accumulate, materialise
 from app.weights.fork import graft
+from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
 
 
@@ -26,7 +26,7 @@ class Workbench:
     """
 
     loaded: LoadedModel
-    model: PreTrainedModel
+    model: LanguageModel
     sums: dict[str, Tensor]
     covariance: Callable[[int, float], Covariance]
     contexts: Callable[[int, int], tuple[str, ...]]

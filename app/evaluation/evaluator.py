@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import exp
 
-from transformers import PreTrainedModel
-
 from app.domain import (
     Assessment,
     CandidateScore,
@@ -20,6 +18,7 @@ from app.domain import (
 from app.evaluation.answers import first_clause, says
 from app.evaluation.scoring import Score, next_logprobs, score_targets
 from app.weights.decoding import decode_greedily
+from app.weights.language_model import LanguageModel
 from app.weights.prompts import target_length
 from app.weights.views import ViewCache
 
@@ -115,7 +114,7 @@ class Evaluator:
 
     def _fill(
         self,
-        model: PreTrainedModel,
+        model: LanguageModel,
         facts: Sequence[Fact],
         tallies: Sequence[_Tally],
         kept_before: Sequence[str],
@@ -135,7 +134,7 @@ class Evaluator:
         for fact, tally in zip(facts, tallies, strict=True):
             tally.portability = [says(next(answers), e.answer or "") for e in fact.portability]
 
-    def _answers(self, model: PreTrainedModel, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    def _answers(self, model: LanguageModel, pairs: Sequence[tuple[str, str]]) -> list[str]:
         """Greedy continuations, long enough to hold each pair's expected answer."""
         if not pairs:
             return []

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from app.weights.head import hidden_states, logits_of
+from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
 from app.weights.prompts import TracedPrompt, pad_rows, trace_prompt
 
@@ -28,7 +28,7 @@ class Score:
 
 @torch.inference_mode()
 def score_targets(
-    model: PreTrainedModel, loaded: LoadedModel, pairs: Sequence[tuple[str, str]]
+    model: LanguageModel, loaded: LoadedModel, pairs: Sequence[tuple[str, str]]
 ) -> list[Score]:
     """Score each ``(prompt, target)`` pair, in the order given."""
     rows = [trace_prompt(loaded, prompt, None, target) for prompt, target in pairs]
@@ -40,7 +40,7 @@ def score_targets(
 
 
 @torch.inference_mode()
-def next_logprobs(model: PreTrainedModel, loaded: LoadedModel, prompts: Sequence[str]) -> Tensor:
+def next_logprobs(model: LanguageModel, loaded: LoadedModel, prompts: Sequence[str]) -> Tensor:
     """Log-probabilities ``(prompts, vocabulary)`` of the next token, on the CPU."""
     rows = [trace_prompt(loaded, prompt, None).ids for prompt in prompts]
     ids, mask = pad_rows(rows, loaded.pad_id, loaded.device)
@@ -50,7 +50,7 @@ def next_logprobs(model: PreTrainedModel, loaded: LoadedModel, prompts: Sequence
 
 
 def _score_rows(
-    model: PreTrainedModel, loaded: LoadedModel, rows: Sequence[TracedPrompt]
+    model: LanguageModel, loaded: LoadedModel, rows: Sequence[TracedPrompt]
 ) -> list[Score]:
     ids, mask = pad_rows([row.ids for row in rows], loaded.pad_id, loaded.device)
     hidden = hidden_states(model, ids, mask)

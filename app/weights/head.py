@@ -21,7 +21,7 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits ``(…, vocabulary)`` in fp32 for hidden states ``(…, d)``."""
-    logits: Tensor = model.get_output_embeddings()(hidden)  # type: ignore[no-untyped-call]
+    logits: Tensor = model.get_output_embeddings()(hidden)
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap is not None:
         logits = torch.tanh(logits / cap) * cap

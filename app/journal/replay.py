@@ -1,0 +1,47 @@
+"""The read tables as the log tells them, in plain form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from app.journal.codec import Plain
+from app.journal.log import Kind
+
+
+class Replay:
+    """Folds log entries, in order, into what each read table must hold, by primary key."""
+
+    def __init__(self) -> None:
+        self.base: Plain | None = None
+        self.revisions: dict[Any, Plain] = {}
+        self.edits: dict[Any, Plain] = {}
+        self.checkpoints: dict[Any, Plain] = {}
+        self.sandboxes: dict[Any, Plain] = {}
+
+    def apply(self, seq: int, kind: Kind, body: Plain) -> None:
+        """Take in one entry.
+
+        Raises:
+            KeyError, TypeError: an entry that doesn't follow from the ones before.
+        """
+        match kind:
+            case Kind.BASE_BOUND:
+                self.base = body
+            case Kind.REVISION_APPENDED:
+                self.revisions[body["number"]] = body
+            case Kind.EDIT_PREPARED | Kind.EDIT_MEASURED:
+                self.edits[body["id"]] = {**body, "seq": seq}
+            case Kind.EDIT_COMMITTED:
+                self.edits[body["id"]] = {**body, "seq": self.edits[body["id"]]["seq"]}
+            case Kind.EDIT_DISCARDED:
+                self.edits[body["id"]] = {**self.edits[body["id"]], "status": "discarded"}
+            case Kind.CHECKPOINT_ADDED:
+                self.checkpoints[body["name"]] = body
+            case Kind.CHECKPOINT_DELETED:
+                del self.checkpoints[body["name"]]
+            case Kind.SANDBOX_ADDED:
+                self.sandboxes[body["id"]] = {**body, "seq": seq}
+            case Kind.SANDBOX_GROWN:
+                self.sandboxes[body["id"]] = {**body, "seq": self.sandboxes[body["id"]]["seq"]}
+            case Kind.SANDBOX_DELETED:
+                del self.sandboxes[body["id"]]

@@ -1,0 +1,1 @@
+"""The HTTP API over ``app.service``: parse, call, return."""

@@ -1,0 +1,299 @@
+"""A typed client of the HTTP API. Problem answers raise the error the server raised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self, TypeVar
+from urllib.parse import quote
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from app import errors
+from app.api.schemas import (
+    CheckpointOut,
+    CheckpointPage,
+    EditOut,
+    EditPage,
+    Generation,
+    HeadMoved,
+    Health,
+    Methods,
+    ModelOut,
+    Probe,
+    Problem,
+    RevisionOut,
+    RevisionPage,
+    SandboxOut,
+    SandboxPage,
+    problem_type,
+)
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+CONNECT_SECONDS = 5.0
+
+A = TypeVar("A", bound=BaseModel)
+Json = Mapping[str, Any]
+
+FALLBACKS: Mapping[int, type[errors.PalimpsestError]] = {
+    401: errors.Unauthorized,
+    403: errors.Forbidden,
+    404: errors.NotFound,
+    409: errors.Conflict,
+    429: errors.Overloaded,
+    503: errors.Overloaded,
+}
+
+
+class Client:
+    """One server. Calls wait as long as an edit takes; only connecting has a time limit.
+
+    Every method raises the PalimpsestError that the server answered with (``detail`` and
+    ``field`` kept), or Unreachable.
+    """
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        api_key: str | None = None,
+        *,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        try:
+            self._http = httpx.Client(
+                base_url=self.base_url,
+                headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
+                timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
+                transport=transport,
+            )
+        except httpx.InvalidURL as error:
+            raise errors.SettingsError(f"{base_url!r} is not a URL: {error}.") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    # Edits ---------------------------------------------------------------------------------
+
+    def edit(
+        self,
+        facts: Sequence[Json],
+        *,
+        method: str | None = None,
+        mode: str = "sequential",
+        sandbox: str | None = None,
+        hparams: Json | None = None,
+        seed: int = 0,
+        keep: bool = True,
+        evaluate: bool = True,
+    ) -> EditOut:
+        """Write facts (our format or EasyEdit's) into the model."""
+        body = {
+            "facts": [dict(fact) for fact in facts],
+            "method": method,
+            "mode": mode,
+            "sandbox": sandbox,
+            "hparams": dict(hparams or {}),
+            "seed": seed,
+            "keep": keep,
+            "evaluate": evaluate,
+        }
+        return self._post("/edits", body, EditOut)
+
+    def get_edit(self, edit_id: str) -> EditOut:
+        return self._get(f"/edits/{_segment(edit_id)}", EditOut)
+
+    def edits(
+        self,
+        *,
+        limit: int = 50,
+        cursor: str | None = None,
+        mode: str | None = None,
+        method: str | None = None,
+        status: str | None = None,
+    ) -> EditPage:
+        filters = {"mode": mode, "method": method, "status": status}
+        return self._get("/edits", EditPage, limit=limit, cursor=cursor, **filters)
+
+    # Reads ---------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        views: Sequence[str] = ("live",),
+        max_new_tokens: int = 32,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        body = {
+            "prompt": prompt,
+            "views": list(views),
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "seed": seed,
+            "stop": list(stop),
+        }
+        return self._post("/generate", body, Generation)
+
+    def probe(
+        self,
+        prompts: Sequence[str],
+        *,
+        candidates: Sequence[str] = (),
+        views: Sequence[str] = ("live",),
+        top_k: int = 5,
+    ) -> Probe:
+        body = {
+            "prompts": list(prompts),
+            "candidates": list(candidates),
+            "views": list(views),
+            "top_k": top_k,
+        }
+        return self._post("/probe", body, Probe)
+
+    # History -------------------------------------------------------------------------------
+
+    def revisions(self, *, limit: int = 50, cursor: str | None = None) -> RevisionPage:
+        return self._get("/revisions", RevisionPage, limit=limit, cursor=cursor)
+
+    def revision(self, revision: str) -> RevisionOut:
+        return self._get(f"/revisions/{_segment(revision)}", RevisionOut)
+
+    def revert(self, to: str) -> HeadMoved:
+        return self._post("/revert", {"to": to}, HeadMoved)
+
+    def reset(self) -> HeadMoved:
+        return self._post("/reset", None, HeadMoved)
+
+    def create_checkpoint(self, name: str, revision: str | None = None) -> CheckpointOut:
+        return self._post("/checkpoints", {"name": name, "revision": revision}, CheckpointOut)
+
+    def checkpoints(self, *, limit: int = 50, cursor: str | None = None) -> CheckpointPage:
+        return self._get("/checkpoints", CheckpointPage, limit=limit, cursor=cursor)
+
+    def delete_checkpoint(self, name: str) -> None:
+        self._send("DELETE", f"/checkpoints/{_segment(name)}")
+
+    # Sandboxes -----------------------------------------------------------------------------
+
+    def create_sandbox(self, root: str = "base") -> SandboxOut:
+        return self._post("/sandboxes", {"root": root}, SandboxOut)
+
+    def sandboxes(self, *, limit: int = 50, cursor: str | None = None) -> SandboxPage:
+        return self._get("/sandboxes", SandboxPage, limit=limit, cursor=cursor)
+
+    def sandbox(self, sandbox_id: str) -> SandboxOut:
+        return self._get(f"/sandboxes/{_segment(sandbox_id)}", SandboxOut)
+
+    def delete_sandbox(self, sandbox_id: str) -> None:
+        self._send("DELETE", f"/sandboxes/{_segment(sandbox_id)}")
+
+    def promote(self, sandbox_id: str) -> HeadMoved:
+        return self._post(f"/sandboxes/{_segment(sandbox_id)}/promote", None, HeadMoved)
+
+    # System --------------------------------------------------------------------------------
+
+    def model(self) -> ModelOut:
+        return self._get("/model", ModelOut)
+
+    def methods(self) -> Methods:
+        return self._get("/methods", Methods)
+
+    def livez(self) -> Health:
+        return self._get("/livez", Health)
+
+    def readyz(self) -> Health:
+        return self._get("/readyz", Health)
+
+    # Transport -----------------------------------------------------------------------------
+
+    def _get(self, path: str, answer: type[A], **params: Any) -> A:
+        given = {name: value for name, value in params.items() if value is not None}
+        return self._read(self._send("GET", path, params=given), answer)
+
+    def _post(self, path: str, body: Json | None, answer: type[A]) -> A:
+        return self._read(self._send("POST", path, json=body), answer)
+
+    def _send(self, verb: str, path: str, **content: Any) -> httpx.Response:
+        with self._reaching_server():
+            response = self._http.request(verb, path, **content)
+        if response.is_error:
+            raise error_of(response)
+        return response
+
+    def _read(self, response: httpx.Response, answer: type[A]) -> A:
+        try:
+            return answer.model_validate_json(response.content)
+        except ValidationError:
+            raise errors.Unreachable(
+                f"{self.base_url} answered with something that is not a Palimpsest "
+                f"{answer.__name__}; is another program listening there?"
+            ) from None
+
+    @contextmanager
+    def _reaching_server(self) -> Iterator[None]:
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol) as error:
+            raise errors.Unreachable(
+                f"No server answers at {self.base_url}; start one with 'palimpsest serve' or "
+                "name another with --url."
+            ) from error
+        except httpx.TransportError as error:
+            raise errors.Unreachable(
+                f"The connection to {self.base_url} broke ({type(error).__name__}); see the log "
+                "of 'palimpsest serve'."
+            ) from error
+
+
+def error_of(response: httpx.Response) -> errors.PalimpsestError:
+    """The error a problem answer stands for: by its type, else by its status."""
+    try:
+        problem = Problem.model_validate_json(response.content)
+    except ValidationError:
+        return errors.PalimpsestError(
+            f"{response.url} answered {response.status_code} without a problem document."
+        )
+    kind = error_types().get(problem.type) or FALLBACKS.get(problem.status)
+    if kind is None:
+        refused = 400 <= problem.status < 500
+        kind = errors.InvalidInput if refused else errors.PalimpsestError
+    error = kind(problem.detail, field=problem.field)
+    if isinstance(error, errors.Overloaded):
+        seconds = response.headers.get("Retry-After", "")
+        error.retry_after = int(seconds) if seconds.isdigit() else error.retry_after
+    return error
+
+
+def error_types() -> dict[str, type[errors.PalimpsestError]]:
+    """Problem type → error class, for the whole tree."""
+    found: dict[str, type[errors.PalimpsestError]] = {}
+    waiting = [errors.PalimpsestError]
+    while waiting:
+        kind = waiting.pop()
+        found[problem_type(kind.__name__)] = kind
+        waiting += kind.__subclasses__()
+    return found
+
+
+def _segment(text: str) -> str:
+    return quote(text, safe="")

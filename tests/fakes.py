@@ -1,0 +1,297 @@
+"""In-memory stand-ins for the model's side of the service: a "model" is a mapping of prompts.
+
+A delta's payload is JSON, ``{prompt: answer}``; a state answers with the last delta that knows
+the prompt, else with the base's knowledge, else with a shrug. Deterministic, and torch-free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from app.domain import (
+    Assessment,
+    BaseIdentity,
+    CandidateScore,
+    Completion,
+    Composition,
+    Digest,
+    EditPlan,
+    Fact,
+    FactOutcome,
+    ProbeResult,
+    Proposal,
+    Sampling,
+    TokenChoice,
+)
+from app.errors import ContextExceeded, EditRejected, InvalidInput, UnknownMethod
+from app.journal.journal import Journal
+from app.journal.store import DeltaStore
+from app.main import create_app
+from app.service import Service
+from app.settings import Settings
+
+BASE_KNOWLEDGE: Mapping[str, str] = {
+    "The capital of France is": " Paris.",
+    "The capital of Spain is": " Madrid.",
+    "France's capital city is": " Paris.",
+}
+SHRUG = " something."
+CONTEXT_WINDOW = 64
+METHODS = ("rome", "ft")
+BASE = BaseIdentity(digest="ba5e" * 16, name="fake", dtype="float32")
+
+
+def sha256(payload: bytes) -> Digest:
+    return hashlib.sha256(payload).hexdigest()
+
+
+def refuse_long(prompt: str) -> None:
+    words = len(prompt.split())
+    if words > CONTEXT_WINDOW:
+        raise ContextExceeded(
+            f"The prompt has {words} tokens; the model reads at most {CONTEXT_WINDOW}.",
+            field="prompt",
+        )
+
+
+class FakeViews:
+    """States of the fake model."""
+
+    def __init__(self, load_delta: Callable[[Digest], bytes]) -> None:
+        self._load_delta = load_delta
+        self.live: Composition = ()
+
+    @property
+    def base(self) -> BaseIdentity:
+        return BASE
+
+    def knowledge(self, composition: Composition) -> dict[str, str]:
+        known = dict(BASE_KNOWLEDGE)
+        for digest in composition:
+            known.update(json.loads(self._load_delta(digest)))
+        return known
+
+    def answer(self, composition: Composition, prompt: str) -> str:
+        return self.knowledge(composition).get(prompt, SHRUG)
+
+    def state_hash(self, composition: Composition) -> Digest:
+        known = self.knowledge(composition)
+        return sha256(json.dumps(known, sort_keys=True).encode()) if composition else BASE.digest
+
+    def pin_live(self, composition: Composition) -> None:
+        self.live = composition
+
+    def describe(self) -> Mapping[str, Any]:
+        return {
+            "name": BASE.name,
+            "architecture": "dictionary",
+            "digest": BASE.digest,
+            "dtype": BASE.dtype,
+            "device": "cpu",
+            "parameters": len(BASE_KNOWLEDGE),
+            "layers": 1,
+            "context_window": CONTEXT_WINDOW,
+        }
+
+
+class FakeEngine:
+    """Answers at once with the state's words, cut to the tokens and stop strings asked for."""
+
+    def __init__(self, views: FakeViews) -> None:
+        self._views = views
+        self.closed = False
+
+    def generate(
+        self, composition: Composition, prompt: str, sampling: Sampling
+    ) -> Future[Completion]:
+        refuse_long(prompt)
+        words = self._views.answer(composition, prompt).split()
+        text = "".join(f" {word}" for word in words[: sampling.max_new_tokens])
+        cuts = [text.index(stop) for stop in sampling.stop if stop in text]
+        text = text[: min(cuts, default=len(text))]
+        tokens = tuple(
+            TokenChoice(index, f" {word}", -0.25) for index, word in enumerate(text.split())
+        )
+        finished = "length" if len(words) > sampling.max_new_tokens else "stop"
+        future: Future[Completion] = Future()
+        future.set_result(Completion(text, finished, tokens))
+        return future
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"kind": "fake"}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeEditor:
+    """Knows ``rome`` and ``ft`` with one hyperparameter, ``strength`` (0 is rejected).
+
+    While ``gate`` is clear an edit waits in ``propose``, with ``entered`` set.
+    """
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.failure: Exception | None = None
+
+    def plan(self, method: str | None, hparams: Mapping[str, Any]) -> EditPlan:
+        name = method or METHODS[0]
+        if name not in METHODS:
+            raise UnknownMethod(
+                f"There is no method {name!r}; use {', '.join(METHODS)}.", field="method"
+            )
+        for key, value in hparams.items():
+            if key != "strength" or not isinstance(value, int | float):
+                raise InvalidInput(f"{key} is not usable.", field=f"hparams.{key}")
+        return EditPlan(name, {"strength": 1.0, **hparams})
+
+    def methods(self) -> Sequence[Mapping[str, Any]]:
+        return [{"name": name, "title": name.upper()} for name in METHODS]
+
+    def check(self, facts: Sequence[Fact]) -> None:
+        for fact in facts:
+            refuse_long(fact.text)
+
+    def propose(
+        self,
+        plan: EditPlan,
+        composition: Composition,
+        facts: Sequence[Fact],
+        *,
+        independent: bool,
+        seed: int,
+        timings: dict[str, float],
+    ) -> list[Proposal]:
+        self.entered.set()
+        self.gate.wait(10)
+        if self.failure is not None:
+            raise self.failure
+        if plan.hparams["strength"] == 0:
+            raise EditRejected("The delta is zero; raise 'strength'.")
+        timings.update(keys_s=0.001, values_s=0.002, solve_s=0.001)
+        written = [{fact.text: f" {fact.target}."} for fact in facts]
+        details: list[dict[str, Any]] = [{"steps": 1} for _ in facts]
+        if independent:
+            pairs = zip(written, details, strict=True)
+            return [Proposal(json.dumps(one).encode(), (detail,)) for one, detail in pairs]
+        together = {prompt: answer for one in written for prompt, answer in one.items()}
+        return [Proposal(json.dumps(together).encode(), tuple(details))]
+
+
+class FakeEvaluator:
+    """Compares what the states say, word for word."""
+
+    def __init__(self, views: FakeViews) -> None:
+        self._views = views
+
+    def assess(
+        self,
+        facts: Sequence[Fact],
+        before: Composition,
+        after: Sequence[Composition],
+        *,
+        full: bool,
+    ) -> Assessment:
+        outcomes = tuple(
+            self._outcome(fact, before, state) for fact, state in zip(facts, after, strict=True)
+        )
+        efficacy = sum(outcome.success for outcome in outcomes) / len(outcomes)
+        metrics: dict[str, float | None] = {"efficacy": efficacy}
+        if full:
+            metrics |= {"paraphrase": None, "locality": 1.0}
+        return Assessment(outcomes, metrics)
+
+    def _outcome(self, fact: Fact, before: Composition, after: Composition) -> FactOutcome:
+        said = self._views.answer(after, fact.text)
+        return FactOutcome(
+            fact=fact,
+            before=self._views.answer(before, fact.text),
+            after=said,
+            success=said.strip().startswith(fact.target.strip()),
+        )
+
+    def probe(
+        self,
+        composition: Composition,
+        prompts: Sequence[str],
+        candidates: Sequence[str],
+        top_k: int,
+    ) -> list[ProbeResult]:
+        return [self._probe(composition, prompt, candidates, top_k) for prompt in prompts]
+
+    def _probe(
+        self, composition: Composition, prompt: str, candidates: Sequence[str], top_k: int
+    ) -> ProbeResult:
+        refuse_long(prompt)
+        said = self._views.answer(composition, prompt).strip(" .")
+        scores = tuple(
+            CandidateScore(text, 0.9, -0.1, 1)
+            if text.strip() == said
+            else CandidateScore(text, 0.01, -4.6, 2)
+            for text in candidates
+        )
+        top = (TokenChoice(0, f" {said}", -0.1),)
+        return ProbeResult(prompt, scores, top[:top_k])
+
+
+@dataclass
+class FakeWorld:
+    """A service over fakes and a real journal, and the parts to look at or hold still."""
+
+    store: DeltaStore
+    views: FakeViews
+    engine: FakeEngine
+    editor: FakeEditor
+    journal: Journal
+    service: Service
+
+
+def build_world(folder: Path, max_pending_edits: int = 64) -> FakeWorld:
+    """The same folder again, after ``service.close()``, is a restart."""
+    folder.mkdir(parents=True, exist_ok=True)
+    store = DeltaStore(folder / "deltas")
+    journal = Journal.open(f"sqlite:///{folder / 'journal.sqlite3'}")
+    editor = FakeEditor()
+    views = FakeViews(store.get)
+    engine = FakeEngine(views)
+    service = Service(
+        journal=journal,
+        store=store,
+        views=views,
+        engine=engine,
+        editor=editor,
+        evaluator=FakeEvaluator(views),
+        max_pending_edits=max_pending_edits,
+    )
+    return FakeWorld(store, views, engine, editor, journal, service)
+
+
+@contextmanager
+def running_server(world: FakeWorld, **given: Any) -> Iterator[str]:
+    """A real server on a free loopback port; its URL."""
+    app = create_app(world.service, Settings(_env_file=None, **given))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        deadline = time.monotonic() + 10
+        while not server.started and time.monotonic() < deadline:
+            time.sleep(0.005)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(10)

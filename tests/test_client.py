@@ -1,0 +1,153 @@
+"""The typed client against a real server on loopback."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from app import errors
+from app.client import Client, error_types
+from tests.fakes import BASE, FakeWorld, build_world, running_server
+
+PROMPT = "The capital of France is"
+FACT = {"prompt": "The capital of {} is", "subject": "France", "target": "Rome"}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> FakeWorld:
+    return build_world(tmp_path)
+
+
+@pytest.fixture
+def client(world: FakeWorld) -> Iterator[Client]:
+    with running_server(world) as url, Client(url) as client:
+        yield client
+
+
+def say(client: Client, view: str = "live") -> str:
+    return client.generate(PROMPT, views=[view]).completions[0].text
+
+
+def test_a_session_edits_checkpoints_reverts_and_resets(client: Client) -> None:
+    assert say(client) == " Paris."
+    edit = client.edit([FACT], method="rome", hparams={"strength": 2})
+    assert (edit.revision, edit.facts[0].after, edit.hparams) == ("r1", " Rome.", {"strength": 2})
+    assert client.get_edit(edit.id) == edit
+    assert client.edits(method="rome").items == [edit]
+    assert client.create_checkpoint("edited").revision == "r1"
+    assert client.reset().revision == "r2"
+    assert (say(client), say(client, "edited")) == (" Paris.", " Rome.")
+    moved = client.revert("edited")
+    assert (moved.revision, moved.restored, say(client)) == ("r3", "r1", " Rome.")
+    assert len(client.revisions(limit=2).items) == 2
+    assert client.revision("r3").state_hash == client.revision("r1").state_hash
+    client.delete_checkpoint("edited")
+    assert client.checkpoints().items == []
+
+
+def test_a_session_with_sandboxes(client: Client) -> None:
+    (first,) = client.edit([FACT], mode="independent").sandboxes
+    second = client.create_sandbox(root="live").id
+    client.edit([{**FACT, "target": "Oslo"}], sandbox=second)
+    result = client.probe([PROMPT], candidates=["Rome", "Oslo"], views=[first, second])
+    assert [[c.rank for c in r.prompts[0].candidates] for r in result.results] == [[1, 2], [2, 1]]
+    assert client.promote(second).revision == "r1"
+    assert say(client) == " Oslo."
+    client.delete_sandbox(first)
+    assert [sandbox.id for sandbox in client.sandboxes().items] == [second]
+    assert client.sandbox(second).root == "r0"
+
+
+def test_the_server_describes_itself(client: Client) -> None:
+    assert client.model().name == BASE.name
+    assert [method.name for method in client.methods().items] == ["rome", "ft"]
+    assert (client.livez().status, client.readyz().revision) == ("ok", "r0")
+
+
+def test_a_problem_answer_raises_the_error_the_server_raised(client: Client) -> None:
+    with pytest.raises(errors.UnknownMethod) as unknown:
+        client.edit([FACT], method="magic")
+    assert unknown.value.field == "method"
+    assert "rome" in unknown.value.detail
+    with pytest.raises(errors.ContextExceeded):
+        client.generate("a " * 99)
+    with pytest.raises(errors.NotFound):
+        client.revert("nowhere")
+    with pytest.raises(errors.EditRejected):
+        client.edit([FACT], hparams={"strength": 0})
+    client.create_checkpoint("taken")
+    with pytest.raises(errors.Conflict):
+        client.create_checkpoint("taken")
+    with pytest.raises(errors.InvalidInput, match="larger than"):
+        client.generate("a" * (10 << 20))
+    with pytest.raises(errors.NotFound):
+        client.get_edit("a/b?c")
+
+
+def test_keys_travel(world: FakeWorld) -> None:
+    with running_server(world, api_keys={"k": "read"}) as url:
+        with Client(url) as nobody, pytest.raises(errors.Unauthorized):
+            nobody.model()
+        with Client(url, "k") as reader:
+            assert reader.model().revision == "r0"
+            with pytest.raises(errors.Forbidden):
+                reader.reset()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def test_no_server_says_where_it_looked_and_how_to_start_one() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with Client(url) as client, pytest.raises(errors.Unreachable) as caught:
+        client.model()
+    assert url in caught.value.detail
+    assert "palimpsest serve" in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "headers", "expected"),
+    [
+        (429, {"type": "about:blank"}, {"Retry-After": "7"}, errors.Overloaded),
+        (503, {"type": "about:blank"}, {}, errors.Overloaded),
+        (413, {"type": "about:blank"}, {}, errors.InvalidInput),
+        (409, {"type": "about:blank"}, {}, errors.Conflict),
+        (502, {"type": "about:blank"}, {}, errors.PalimpsestError),
+        (500, {"type": "urn:palimpsest:problem:journal-error"}, {}, errors.JournalError),
+        (500, None, {}, errors.PalimpsestError),
+        (200, {"what": "is this"}, {}, errors.Unreachable),
+    ],
+)
+def test_any_answer_becomes_an_error_of_ours(
+    status: int,
+    body: dict[str, str] | None,
+    headers: dict[str, str],
+    expected: type[errors.PalimpsestError],
+) -> None:
+    problem = {"title": "t", "status": status, "detail": "A detail.", **(body or {})}
+    content = json.dumps(problem) if body else "<html>"
+
+    def answer(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(status, content=content, headers=headers)
+
+    client = Client("http://fake", transport=httpx.MockTransport(answer))
+    with client, pytest.raises(errors.PalimpsestError) as caught:
+        client.model()
+    assert type(caught.value) is expected
+    if isinstance(caught.value, errors.Overloaded):
+        assert caught.value.retry_after == int(headers.get("Retry-After", 1))
+
+
+def test_the_client_knows_every_error_by_its_type() -> None:
+    kinds = {kind for kind in vars(errors).values() if isinstance(kind, type)}
+    ours = {kind for kind in kinds if issubclass(kind, errors.PalimpsestError)}
+    assert set(error_types().values()) == ours

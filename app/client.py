@@ -43,7 +43,7 @@ FALLBACKS: Mapping[int, type[errors.PalimpsestError]] = {
     404: errors.NotFound,
     409: errors.Conflict,
     429: errors.Overloaded,
-    503: errors.Overloaded,
+    503: errors.ShuttingDown,
 }
 
 

@@ -8,6 +8,7 @@
     ├── Conflict                the request is fine, the present state refuses it
     ├── EditRejected            an edit was computed but not accepted; nothing changed
     ├── Overloaded              no room just now; try again after ``retry_after`` seconds
+    │   └── ShuttingDown        nothing is accepted any more
     ├── Unauthorized / Forbidden
     ├── UnsupportedModel        the model on disk can't be served or edited
     ├── JournalError            the journal or a stored delta can't be trusted
@@ -66,6 +67,10 @@ class Overloaded(PalimpsestError):
     def __init__(self, detail: str, *, retry_after: int = 1, field: str | None = None) -> None:
         super().__init__(detail, field=field)
         self.retry_after = retry_after
+
+
+class ShuttingDown(Overloaded):
+    title = "Shutting down"
 
 
 class Unauthorized(PalimpsestError):

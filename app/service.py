@@ -50,6 +50,7 @@ from app.errors import (
     NotFound,
     Overloaded,
     PalimpsestError,
+    ShuttingDown,
 )
 
 log = structlog.get_logger(__name__)
@@ -437,7 +438,7 @@ class Service:
             future = self._writer.submit(work)
         except RuntimeError:
             self._pending.release()
-            raise Overloaded("The server is shutting down.", retry_after=5) from None
+            raise ShuttingDown("The server is shutting down.", retry_after=5) from None
         future.add_done_callback(lambda _: self._pending.release())
         return future
 

@@ -118,7 +118,7 @@ def test_no_server_says_where_it_looked_and_how_to_start_one() -> None:
     ("status", "body", "headers", "expected"),
     [
         (429, {"type": "about:blank"}, {"Retry-After": "7"}, errors.Overloaded),
-        (503, {"type": "about:blank"}, {}, errors.Overloaded),
+        (503, {"type": "about:blank"}, {}, errors.ShuttingDown),
         (413, {"type": "about:blank"}, {}, errors.InvalidInput),
         (409, {"type": "about:blank"}, {}, errors.Conflict),
         (502, {"type": "about:blank"}, {}, errors.PalimpsestError),

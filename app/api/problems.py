@@ -27,6 +27,7 @@ STATUS: Mapping[type[errors.PalimpsestError], int] = {
     errors.EditRejected: 422,
     errors.NotFound: 404,
     errors.Conflict: 409,
+    errors.ShuttingDown: 503,
     errors.Overloaded: 429,
     errors.Unauthorized: 401,
     errors.Forbidden: 403,
@@ -43,7 +44,7 @@ DESCRIPTIONS: Mapping[int, str] = {
     422: "The request can't be carried out as written; nothing changed",
     429: "Too many requests are waiting; see Retry-After",
     500: "The server failed",
-    503: "The server is not ready",
+    503: "The server is starting or shutting down",
 }
 
 # RFC 9110's name for what Python 3.11 still calls "Request Entity Too Large".
@@ -61,7 +62,9 @@ class ProblemResponse(Response):
 
     def render(self, content: Any) -> bytes:
         assert isinstance(content, Problem)
-        return json.dumps(content.model_dump(exclude_none=True)).encode("ascii")
+        return json.dumps(content.model_dump(exclude_none=True), separators=(",", ":")).encode(
+            "ascii"
+        )
 
 
 def status_of(error: errors.PalimpsestError) -> int:

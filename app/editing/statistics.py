@@ -29,7 +29,7 @@ from app.weights.tracing import StopForward, stopping, tracing_input
 log = structlog.get_logger(__name__)
 
 SAMPLE_LENGTH = 64
-SAMPLE_ROWS = 32
+SAMPLE_ROWS = 128
 KEPT_FACTORS = 4
 
 

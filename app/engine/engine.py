@@ -17,7 +17,7 @@ from typing import Any
 import structlog
 
 from app.domain import Completion, Composition, Sampling
-from app.errors import Overloaded
+from app.errors import Overloaded, ShuttingDown
 from app.weights.decoding import Row, RowBatch, complete, encode_prompt
 from app.weights.views import View, ViewCache
 
@@ -80,7 +80,7 @@ class Engine:
         request = Request(self._views.get(composition), Row(ids, sampling))
         with self._signal:
             if self._closing:
-                raise Overloaded("The server is shutting down.", retry_after=5)
+                raise ShuttingDown("The server is shutting down.", retry_after=5)
             if len(self._waiting) >= self._max_pending:
                 raise Overloaded(
                     f"{self._max_pending} prompts are waiting already; try again in a moment.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from app.domain import BaseIdentity
 from app.errors import SettingsError, UnsupportedModel
@@ -78,6 +80,8 @@ def load_model(
         UnsupportedModel: not found, not a causal LM we know, or without a fast tokenizer.
         SettingsError: a device or dtype that this machine doesn't have.
     """
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # a log is no place for a bar that is drawn over and over
     config = _read_config(name_or_path)
     architecture = recognise(config)
     target = _choose_device(device)

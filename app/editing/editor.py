@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from app.domain import Composition, EditPlan, Fact, Proposal
 from app.editing.contexts import generate_contexts
@@ -20,7 +21,9 @@ from app.weights.prompts import trace_prompt
 from app.weights.views import ViewCache
 
 DEFAULT_METHOD = "rome"
-DEFAULT_DEPTH = 0.2  # GPT2-XL was edited at .35, GPT-J and Llama at .16 to .18 of the depth
+DEFAULT_DEPTH = (
+    0.2  # GPT2-XL was edited at .35, GPT-J and Llama at .16 to .18 of the depth
+)
 CONTEXT_SEED = 0
 
 
@@ -42,6 +45,7 @@ class Editor:
             views.loaded, folder=data, corpus=corpus, tokens=statistics_tokens
         )
         self._contexts: dict[tuple[int, int], tuple[str, ...]] = {}
+        self._keys: tuple[Composition, dict[str, Tensor]] = ((), {})
         self._max_relative_norm = max_relative_norm
 
     def plan(self, method: str | None, hparams: Mapping[str, Any]) -> EditPlan:
@@ -52,8 +56,11 @@ class Editor:
         """
         chosen = find_method(method or self._default_method)
         recommended = self._recommended(chosen.name)
-        if "layer" not in recommended and "layer" not in hparams:
-            recommended["layer"] = round(DEFAULT_DEPTH * self._loaded.anatomy.depth)
+        fields = chosen.parameters.model_fields
+        if "layer" in fields:
+            recommended.setdefault("layer", self._default_layers[-1])
+        if "layers" in fields:
+            recommended.setdefault("layers", self._default_layers)
         try:
             params = chosen.parameters.model_validate({**recommended, **hparams})
         except ValidationError as error:
@@ -64,18 +71,19 @@ class Editor:
                 f"{place}: {first['msg']}. The parameters of {chosen.name} are {known}.",
                 field=f"hparams.{place}",
             ) from error
-        if params.layer >= self._loaded.anatomy.depth:
+        depth = self._loaded.anatomy.depth
+        if max(params.edited_layers) >= depth:
             raise InvalidInput(
-                f"The model has layers 0 to {self._loaded.anatomy.depth - 1}; "
-                f"there is no layer {params.layer}.",
-                field="hparams.layer",
+                f"The model has layers 0 to {depth - 1}; there is no layer "
+                f"{max(params.edited_layers)}.",
+                field="hparams.layer" if "layer" in fields else "hparams.layers",
             )
         return EditPlan(chosen.name, params.model_dump(mode="json"))
 
     def methods(self) -> Sequence[Mapping[str, Any]]:
         """Every method with its paper, parameters and default layer on this model."""
         return [
-            describe(method, int(self.plan(name, {}).hparams["layer"]))
+            describe(method, self.plan(name, {}).hparams)
             for name, method in METHODS.items()
         ]
 
@@ -115,7 +123,9 @@ class Editor:
             loaded=self._loaded,
             model=self._views.private(composition),
             sums=dict(self._views.sums(composition)),
+            keys=self._past_keys(composition),
             covariance=self._statistics.covariance,
+            null_space=self._statistics.null_space,
             contexts=self._context_templates,
             seed=seed,
             timings=timings,
@@ -146,14 +156,37 @@ class Editor:
         return Proposal(solution.delta.to_bytes(), solution.details)
 
     @property
+    def _default_layers(self) -> tuple[int, ...]:
+        """Up to five layers that end at a fifth of the depth; one on a shallow model."""
+        depth = self._loaded.anatomy.depth
+        last = round(DEFAULT_DEPTH * depth)
+        return tuple(range(max(0, last - min(4, depth // 8)), last + 1))
+
+    @property
     def _default_method(self) -> str:
         return str(self._loaded.recommendations.get("default_method", DEFAULT_METHOD))
 
     def _recommended(self, method: str) -> dict[str, Any]:
         return dict(self._loaded.recommendations.get("methods", {}).get(method, {}))
 
+    def _past_keys(self, composition: Composition) -> dict[str, Tensor]:
+        """Keys of the facts a state's edits put in, by matrix name. The last answer is kept:
+        the next edit of a sequence reads one delta, not all of them."""
+        known, keys = self._keys
+        if composition[: len(known)] != known:
+            known, keys = (), {}
+        found = {name: [tensor] for name, tensor in keys.items()}
+        for digest in composition[len(known) :]:
+            for name, tensor in self._views.delta(digest).keys.items():
+                found.setdefault(name, []).append(tensor)
+        keys = {name: torch.cat(tensors, dim=1) for name, tensors in found.items()}
+        self._keys = (composition, keys)
+        return dict(keys)
+
     def _context_templates(self, count: int, length: int) -> tuple[str, ...]:
         key = (count, length)
         if key not in self._contexts:
-            self._contexts[key] = generate_contexts(self._loaded, count, length, CONTEXT_SEED)
+            self._contexts[key] = generate_contexts(
+                self._loaded, count, length, CONTEXT_SEED
+            )
         return self._contexts[key]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 from app.domain import Fact
-from app.editing.parameters import Parameters
+from app.editing.parameters import MethodParameters
 from app.editing.workbench import Workbench
 from app.weights.delta import Delta, concatenate
 
-P = TypeVar("P", bound=Parameters)
+P = TypeVar("P", bound=MethodParameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,9 @@ class Method(ABC, Generic[P]):
     parameters: type[P]
 
     @abstractmethod
-    def solve_each(self, bench: Workbench, facts: Sequence[Fact], params: P) -> list[Solution]:
+    def solve_each(
+        self, bench: Workbench, facts: Sequence[Fact], params: P
+    ) -> list[Solution]:
         """Each fact as if it were the only one, on the bench's state."""
 
     def solve_all(self, bench: Workbench, facts: Sequence[Fact], params: P) -> Solution:

@@ -1,20 +1,99 @@
-"""What every method's hyperparameters have in common: a validated schema with ranges."""
+"""Hyperparameters as validated schemas: unknown names, wrong ranges and NaN are refused."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Essence = Annotated[str, Field(min_length=3, pattern=r"\{\}")]
+LayerIndex = Annotated[int, Field(ge=0)]
 
 
 class Parameters(BaseModel):
-    """Base of a method's hyperparameters; unknown names and NaN are refused."""
+    """Base of a method's hyperparameters."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+
+class MethodParameters(Parameters, ABC):
+    """What every method's hyperparameters can say."""
+
+    @property
+    @abstractmethod
+    def edited_layers(self) -> tuple[int, ...]:
+        """The layers whose matrices change, in order."""
+
+
+class LayerParameters(MethodParameters):
+    """For methods that edit one matrix."""
+
     layer: Annotated[
-        int, Field(ge=0, description="Decoder layer whose MLP output projection is edited.")
+        LayerIndex,
+        Field(description="Decoder layer whose MLP output projection is edited."),
     ]
+
+    @property
+    def edited_layers(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+
+class LayersParameters(MethodParameters):
+    """For methods that spread an edit over several matrices."""
+
+    layers: Annotated[
+        tuple[LayerIndex, ...],
+        Field(
+            min_length=1,
+            max_length=64,
+            description="Decoder layers whose MLP output projections are edited, in order; "
+            "values are sought at the last.",
+        ),
+    ]
+
+    @property
+    def edited_layers(self) -> tuple[int, ...]:
+        return self.layers
+
+
+class ValueParameters(Parameters):
+    """How a value is searched for.
+
+    ``learning_rate`` is in units of the hidden state's root mean square, so that one setting
+    serves models whose residual stream is large or small.
+    """
+
+    steps: Annotated[
+        int, Field(ge=1, le=1000, description="Most Adam steps per value.")
+    ] = 25
+    learning_rate: Annotated[
+        Positive,
+        Field(le=10, description="Step size, relative to the hidden state's rms."),
+    ] = 0.3
+    clamp: Annotated[Positive, Field(description="Bound on ‖δ‖ relative to ‖h‖.")] = 4.0
+    kl_weight: Annotated[
+        NonNegative, Field(description="Weight of the essence KL.")
+    ] = 0.0625
+    weight_decay: Annotated[NonNegative, Field(description="Weight of ‖δ‖/‖h‖².")] = 0.5
+    stop_loss: Annotated[
+        NonNegative, Field(description="Stop a fact at this total loss.")
+    ] = 0.05
+    contexts: Annotated[
+        int,
+        Field(
+            ge=0, le=64, description="Sampled prefixes a prompt is also read behind."
+        ),
+    ] = 5
+    context_length: Annotated[
+        int, Field(ge=1, le=64, description="Tokens per prefix.")
+    ] = 10
+    essence: Annotated[
+        tuple[Essence, ...],
+        Field(
+            max_length=32,
+            description="Prompts on the subject whose answers should stay.",
+        ),
+    ] = ("{} is a",)

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from app.editing.alphaedit import AlphaEdit
+from app.editing.emmet import Emmet
 from app.editing.finetune import FineTune
+from app.editing.memit import Memit
+from app.editing.memit_seq import MemitSeq
 from app.editing.method import Method
 from app.editing.rome import Rome
 from app.errors import UnknownMethod
 
-METHODS: Mapping[str, Method[Any]] = {method.name: method for method in (Rome(), FineTune())}
+METHODS: Mapping[str, Method[Any]] = {
+    method.name: method
+    for method in (Rome(), Memit(), MemitSeq(), Emmet(), AlphaEdit(), FineTune())
+}
 
 
 def find_method(name: str) -> Method[Any]:
@@ -20,13 +27,15 @@ def find_method(name: str) -> Method[Any]:
     found = METHODS.get(name)
     if found is None:
         raise UnknownMethod(
-            f"There is no method {name!r}; the methods are {', '.join(METHODS)}.", field="method"
+            f"There is no method {name!r}; the methods are {', '.join(METHODS)}.",
+            field="method",
         )
     return found
 
 
-def describe(method: Method[Any], layer: int) -> Mapping[str, Any]:
-    """What ``GET /methods`` says of a method: paper, rank, parameters with their ranges."""
+def describe(method: Method[Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What ``GET /methods`` says of a method: paper, rank, parameters with their ranges, and
+    ``defaults``, its hyperparameters on the loaded model."""
     return {
         "name": method.name,
         "title": method.title,
@@ -34,6 +43,6 @@ def describe(method: Method[Any], layer: int) -> Mapping[str, Any]:
         "rank": method.rank,
         "needs_statistics": method.needs_statistics,
         "sequential": method.sequential,
-        "default_layer": layer,
+        "defaults": defaults,
         "parameters": method.parameters.model_json_schema()["properties"],
     }

@@ -15,36 +15,20 @@ from torch import Tensor
 from app.domain import SUBJECT_SLOT, Fact
 from app.editing.keys import solve_keys
 from app.editing.method import Method, Solution
-from app.editing.parameters import NonNegative, Parameters, Positive
-from app.editing.values import ValueSettings, optimise_values
+from app.editing.parameters import LayerParameters, Positive, ValueParameters
+from app.editing.values import optimise_values
 from app.editing.workbench import Workbench
 from app.weights.delta import Delta, LowRank
 
-Essence = Annotated[str, Field(min_length=3, pattern=r"\{\}")]
 
-
-class RomeParameters(Parameters):
-    steps: Annotated[int, Field(ge=1, le=1000, description="Most Adam steps per value.")] = 25
-    learning_rate: Annotated[
-        Positive, Field(le=10, description="Step size, relative to the hidden state's rms.")
-    ] = 0.3
-    clamp: Annotated[Positive, Field(description="Bound on ‖δ‖ relative to ‖h‖.")] = 4.0
-    kl_weight: Annotated[NonNegative, Field(description="Weight of the essence KL.")] = 0.0625
-    weight_decay: Annotated[NonNegative, Field(description="Weight of ‖δ‖/‖h‖².")] = 0.5
-    stop_loss: Annotated[NonNegative, Field(description="Stop a fact at this total loss.")] = 0.05
-    contexts: Annotated[
-        int, Field(ge=0, le=64, description="Sampled prefixes a prompt is also read behind.")
-    ] = 5
-    context_length: Annotated[int, Field(ge=1, le=64, description="Tokens per prefix.")] = 10
-    essence: Annotated[
-        tuple[Essence, ...],
-        Field(max_length=32, description="Prompts on the subject whose answers should stay."),
-    ] = ("{} is a",)
+class RomeParameters(LayerParameters, ValueParameters):
     ridge: Annotated[
-        Positive, Field(description="Added to the covariance, relative to its mean diagonal.")
+        Positive,
+        Field(description="Added to the covariance, relative to its mean diagonal."),
     ] = 0.01
     consistent_key: Annotated[
-        bool, Field(description="One averaged key throughout; false is the original ROME.")
+        bool,
+        Field(description="One averaged key throughout; false is the original ROME."),
     ] = True
 
 
@@ -66,26 +50,24 @@ class Rome(Method[RomeParameters]):
         with bench.timing("keys_s"):
             keys = solve_keys(bench.model, bench.loaded, facts, params.layer, contexts)
         with bench.timing("values_s"):
-            settings = ValueSettings(
-                params.steps,
-                params.learning_rate,
-                params.clamp,
-                params.kl_weight,
-                params.weight_decay,
-                params.stop_loss,
-                params.essence,
-            )
             values = optimise_values(
-                bench.model, bench.loaded, facts, params.layer, contexts, settings
+                bench.model, bench.loaded, facts, params.layer, contexts, params
             )
         with bench.timing("solve_s"):
             averaged = keys.mean(dim=1)  # (facts, d_ff)
             directions = covariance.solve(averaged.T).T
-            read = averaged if params.consistent_key else keys[:, contexts.index(SUBJECT_SLOT)]
+            read = (
+                averaged
+                if params.consistent_key
+                else keys[:, contexts.index(SUBJECT_SLOT)]
+            )
             name = bench.loaded.anatomy.matrix_name(params.layer)
             return [
                 Solution(
-                    Delta({name: rank_one(value.delta, read[index], directions[index])}),
+                    Delta(
+                        {name: rank_one(value.delta, read[index], directions[index])},
+                        {name: averaged[index, :, None].cpu()},
+                    ),
                     ({"loss": value.loss, "steps": value.steps},),
                 )
                 for index, value in enumerate(values)

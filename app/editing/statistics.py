@@ -35,10 +35,14 @@ KEPT_FACTORS = 4
 
 @dataclass(frozen=True, slots=True)
 class Covariance:
-    """``C0`` plus ridge, factorised. ``scale`` is the mean of C0's diagonal."""
+    """``C0`` plus ridge, as its Cholesky factor in fp64. ``scale`` is the mean of C0's diagonal."""
 
     factor: Tensor
     scale: float
+
+    def matrix(self) -> Tensor:
+        """``C0`` plus ridge ``(d_ff, d_ff)``."""
+        return self.factor @ self.factor.T
 
     def solve(self, keys: Tensor) -> Tensor:
         """``C0⁻¹ k`` for keys ``(d_ff, n)``, in fp64."""
@@ -61,6 +65,7 @@ class Statistics:
         self._corpus = corpus
         self._tokens = tokens
         self._factors: OrderedDict[tuple[int, float], Covariance] = OrderedDict()
+        self._null_spaces: OrderedDict[tuple[int, float], Tensor] = OrderedDict()
 
     def covariance(self, layer: int, ridge: float) -> Covariance:
         """The covariance of a layer's keys plus ``ridge`` times its mean diagonal."""
@@ -77,6 +82,24 @@ class Statistics:
                 self._factors.popitem(last=False)
         return found
 
+    def null_space(self, layer: int, share: float) -> Tensor:
+        """An orthonormal basis ``(d_ff, q)`` in fp64 of the directions that ordinary keys use
+        least: together they hold at most ``share`` of the keys' energy."""
+        key = (layer, share)
+        found = self._null_spaces.get(key)
+        if found is None:
+            energies, directions = torch.linalg.eigh(
+                self._second_moment(layer).double()
+            )
+            within = energies.clamp(min=0).cumsum(dim=0) <= share * float(
+                energies.sum()
+            )
+            found = directions[:, : max(1, int(within.sum()))]
+            self._null_spaces[key] = found
+            while len(self._null_spaces) > KEPT_FACTORS:
+                self._null_spaces.popitem(last=False)
+        return found
+
     def _second_moment(self, layer: int) -> Tensor:
         """``E[k kᵀ]`` ``(d_ff, d_ff)`` in fp32, from disk if it was computed before."""
         budget = self._budget(layer)
@@ -84,14 +107,24 @@ class Statistics:
         if path.is_file():
             return load_file(path)["second_moment"]
         began = perf_counter()
-        log.info("covariance: computing", layer=layer, tokens=budget, source=self._source(budget))
+        log.info(
+            "covariance: computing",
+            layer=layer,
+            tokens=budget,
+            source=self._source(budget),
+        )
         total, count = self._accumulate(layer, budget)
         moment = (total / max(count, 1)).float()
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         save_file({"second_moment": moment}, partial)
         partial.replace(path)
-        log.info("covariance: done", layer=layer, tokens=count, seconds=perf_counter() - began)
+        log.info(
+            "covariance: done",
+            layer=layer,
+            tokens=count,
+            seconds=perf_counter() - began,
+        )
         return moment
 
     def _accumulate(self, layer: int, budget: int) -> tuple[Tensor, int]:
@@ -144,7 +177,10 @@ class Statistics:
         seed = 0
         while True:
             rows = [
-                Row(start, Sampling(max_new_tokens=length, temperature=1.0, seed=seed + index))
+                Row(
+                    start,
+                    Sampling(max_new_tokens=length, temperature=1.0, seed=seed + index),
+                )
                 for index in range(SAMPLE_ROWS)
             ]
             seed += SAMPLE_ROWS

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from app.domain import SUBJECT_SLOT, Fact
+from app.editing.parameters import ValueParameters
 from app.weights.head import hidden_states, logits_of
 from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
@@ -20,25 +21,6 @@ from app.weights.prompts import TracedPrompt, pad_rows, trace_prompt
 from app.weights.tracing import changing_output
 
 ROWS_PER_BATCH = 192
-
-
-@dataclass(frozen=True, slots=True)
-class ValueSettings:
-    """How a value is searched for.
-
-    ``learning_rate`` is in units of the hidden state's root mean square, so that one setting
-    serves models whose residual stream is large or small. ``clamp`` bounds ``‖δ‖`` relative
-    to the hidden state's norm. ``essence`` are prompts about the subject whose next-token
-    distribution should stay (weight ``kl_weight``).
-    """
-
-    steps: int
-    learning_rate: float
-    clamp: float
-    kl_weight: float
-    weight_decay: float
-    stop_loss: float
-    essence: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +50,7 @@ def optimise_values(
     facts: Sequence[Fact],
     layer: int,
     contexts: Sequence[str],
-    settings: ValueSettings,
+    settings: ValueParameters,
 ) -> list[Value]:
     """The value change of each fact on ``model``, in the order given.
 
@@ -79,7 +61,9 @@ def optimise_values(
     size = max(1, ROWS_PER_BATCH // rows_each)
     values: list[Value] = []
     for start in range(0, len(facts), size):
-        search = _Search(model, loaded, facts[start : start + size], layer, contexts, settings)
+        search = _Search(
+            model, loaded, facts[start : start + size], layer, contexts, settings
+        )
         values.extend(search.run())
     return values
 
@@ -94,7 +78,7 @@ class _Search:
         facts: Sequence[Fact],
         layer: int,
         contexts: Sequence[str],
-        settings: ValueSettings,
+        settings: ValueParameters,
     ) -> None:
         self._model = model
         self._loaded = loaded
@@ -112,7 +96,10 @@ class _Search:
                     )
                     for context in contexts
                 ],
-                [trace_prompt(loaded, essence, fact.subject) for essence in settings.essence],
+                [
+                    trace_prompt(loaded, essence, fact.subject)
+                    for essence in settings.essence
+                ],
             )
             for fact in facts
         ]
@@ -135,7 +122,9 @@ class _Search:
             deltas = unit * z
             nll, kl = self._losses(rows, active, deltas, base_logprobs)
             chosen = torch.tensor(active, device=z.device)
-            decay = settings.weight_decay * deltas[chosen].norm(dim=1) / norms[chosen] ** 2
+            decay = (
+                settings.weight_decay * deltas[chosen].norm(dim=1) / norms[chosen] ** 2
+            )
             totals = nll + settings.kl_weight * kl + decay
             done = (totals.detach() < settings.stop_loss).tolist()
             stays: list[int] = []
@@ -172,7 +161,8 @@ class _Search:
         logprobs = self._logprobs(rows, deltas)
         place = {fact: index for index, fact in enumerate(active)}
         owners = torch.tensor(
-            [place[int(fact)] for fact in rows.owner[rows.spots[:, 0]]], device=deltas.device
+            [place[int(fact)] for fact in rows.owner[rows.spots[:, 0]]],
+            device=deltas.device,
         )
         targets = rows.wanted >= 0
         gold = logprobs[targets].gather(1, rows.wanted[targets][:, None])[:, 0]
@@ -187,7 +177,9 @@ class _Search:
         index = torch.arange(len(rows.ids), device=rows.ids.device)
 
         def add(output: Tensor) -> Tensor:
-            moved = output.reshape(*rows.ids.shape, -1).clone()  # OPT flattens rows and tokens
+            moved = output.reshape(
+                *rows.ids.shape, -1
+            ).clone()  # OPT flattens rows and tokens
             moved[index, rows.subjects] += deltas[rows.owner].to(output.dtype)
             return moved.reshape(output.shape)
 
@@ -201,7 +193,9 @@ class _Search:
         """``‖h‖`` ``(facts,)`` at the subject of the bare prompt: the layer's output, or the
         projection's own where a norm stands between it and the residual stream."""
         anatomy = self._loaded.anatomy
-        find = anatomy.projection if anatomy.architecture.norm_after_mlp else anatomy.layer
+        find = (
+            anatomy.projection if anatomy.architecture.norm_after_mlp else anatomy.layer
+        )
         first = [int((rows.owner == fact).nonzero()[0]) for fact in range(self._count)]
         found: list[Tensor] = []
 
@@ -214,7 +208,9 @@ class _Search:
             hidden_states(self._model, rows.ids, rows.mask)
         return found[0].clamp(min=1e-6)
 
-    def _keep_essence(self, rows: _Rows, kept: Sequence[int], base_logprobs: Tensor) -> Tensor:
+    def _keep_essence(
+        self, rows: _Rows, kept: Sequence[int], base_logprobs: Tensor
+    ) -> Tensor:
         """The essence predictions of the facts that stay, in the order ``_gather`` gives."""
         owners = rows.owner[rows.spots[rows.wanted < 0][:, 0]]
         wanted = torch.isin(owners, torch.tensor(list(kept), device=owners.device))
@@ -226,7 +222,9 @@ class _Search:
         essence = [(fact, row) for fact in active for row in self._traced[fact][1]]
         everything: list[tuple[int, TracedPrompt]] = targets + essence
         device = self._loaded.device
-        ids, mask = pad_rows([row.ids for _, row in everything], self._loaded.pad_id, device)
+        ids, mask = pad_rows(
+            [row.ids for _, row in everything], self._loaded.pad_id, device
+        )
         spots: list[tuple[int, int]] = []
         wanted: list[int] = []
         for index, (_, row) in enumerate(everything):
@@ -240,7 +238,9 @@ class _Search:
         return _Rows(
             ids,
             mask,
-            subjects=torch.tensor([row.subject for _, row in everything], device=device),
+            subjects=torch.tensor(
+                [row.subject for _, row in everything], device=device
+            ),
             owner=torch.tensor([fact for fact, _ in everything], device=device),
             spots=torch.tensor(spots, device=device),
             wanted=torch.tensor(wanted, device=device),

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
+import torch
 from torch import Tensor
 
 from app.editing.statistics import Covariance
 from app.weights.delta import Delta
 from app.weights.fold import accumulate, materialise
-from app.weights.fork import graft
+from app.weights.fork import fork, graft
 from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
 
 
 @dataclass(slots=True)
 class Workbench:
-    """``model`` is a fork nobody else sees; ``sums`` are the fp32 sums of its state.
+    """``model`` is a fork nobody else sees; ``sums`` and ``keys`` are the fp32 sums and the
+    edited facts' keys of its state, by matrix name.
 
-    ``covariance`` and ``contexts`` come from the base model, so nothing that one edit
-    accumulates reaches another.
+    ``covariance``, ``null_space`` and ``contexts`` come from the base model, so nothing that
+    one edit accumulates reaches another.
     """
 
     loaded: LoadedModel
     model: LanguageModel
     sums: dict[str, Tensor]
+    keys: dict[str, Tensor]
     covariance: Callable[[int, float], Covariance]
+    null_space: Callable[[int, float], Tensor]
     contexts: Callable[[int, int], tuple[str, ...]]
     seed: int
     timings: MutableMapping[str, float] = field(default_factory=dict)
@@ -37,6 +41,22 @@ class Workbench:
         """The layer's matrix ``(d, d_ff)`` as it is in this state."""
         anatomy = self.loaded.anatomy
         return anatomy.orient(self.model.get_parameter(anatomy.matrix_name(layer)))
+
+    def past_keys(self, layer: int) -> Tensor:
+        """Keys ``(d_ff, p)`` in fp64 of the facts this state's edits put into the layer."""
+        anatomy = self.loaded.anatomy
+        found = self.keys.get(anatomy.matrix_name(layer))
+        if found is None:
+            return torch.zeros(
+                anatomy.shape(self.model, layer)[1], 0, dtype=torch.float64
+            )
+        return found.double()
+
+    def branch(self) -> Workbench:
+        """A workbench in the same state that can be moved on alone."""
+        return replace(
+            self, model=fork(self.model), sums=dict(self.sums), keys=dict(self.keys)
+        )
 
     def apply(self, delta: Delta) -> None:
         """Move the private model on, with the bytes that a commit of ``delta`` would give."""
@@ -47,7 +67,15 @@ class Workbench:
             total = base.float().mul(0).abs() if total is None else total.clone()
             accumulate(total, change)
             self.sums[name] = total
-            graft(self.model, {name: anatomy.orient(materialise(base, total)).contiguous()})
+            graft(
+                self.model,
+                {name: anatomy.orient(materialise(base, total)).contiguous()},
+            )
+        for name, keys in delta.keys.items():
+            before = self.keys.get(name)
+            self.keys[name] = (
+                keys if before is None else torch.cat([before, keys], dim=1)
+            )
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:

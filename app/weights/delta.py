@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -53,9 +53,14 @@ Change: TypeAlias = LowRank | Dense
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Changes by matrix name, in ``(d, d_ff)`` orientation whatever the model stores."""
+    """Changes by matrix name, in ``(d, d_ff)`` orientation whatever the model stores.
+
+    ``keys`` are the keys ``(d_ff, n)`` of the facts edited, by matrix name. They change no
+    weight; methods that protect earlier edits read them from the state they start from.
+    """
 
     changes: Mapping[str, Change]
+    keys: Mapping[str, Tensor] = field(default_factory=dict)
 
     def is_finite(self) -> bool:
         return all(bool(t.isfinite().all()) for t in self._tensors().values())
@@ -78,18 +83,25 @@ class Delta:
         try:
             tensors = load(payload)
         except SafetensorError as error:
-            raise JournalError(f"A stored delta is not a safetensors file: {error}.") from error
+            raise JournalError(
+                f"A stored delta is not a safetensors file: {error}."
+            ) from error
         changes: dict[str, Change] = {}
+        keys: dict[str, Tensor] = {}
         for key in tensors:
             name, _, part = key.rpartition(_SEPARATOR)
             if part == "dense":
                 changes[name] = Dense(tensors[key])
             elif part == "left":
-                changes[name] = LowRank(tensors[key], tensors[f"{name}{_SEPARATOR}right"])
-        return Delta(changes)
+                changes[name] = LowRank(
+                    tensors[key], tensors[f"{name}{_SEPARATOR}right"]
+                )
+            elif part == "keys":
+                keys[name] = tensors[key]
+        return Delta(changes, keys)
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
+        tensors = {f"{name}{_SEPARATOR}keys": keys for name, keys in self.keys.items()}
         for name, change in self.changes.items():
             if isinstance(change, Dense):
                 tensors[f"{name}{_SEPARATOR}dense"] = change.matrix
@@ -103,10 +115,13 @@ def concatenate(deltas: list[Delta]) -> Delta:
     """One low-rank delta whose ranks are those of ``deltas``, in order: folding it gives the
     same bytes as folding them one after another."""
     parts: dict[str, list[LowRank]] = {}
+    keys: dict[str, list[Tensor]] = {}
     for delta in deltas:
         for name, change in delta.changes.items():
             assert isinstance(change, LowRank)
             parts.setdefault(name, []).append(change)
+        for name, found in delta.keys.items():
+            keys.setdefault(name, []).append(found)
     return Delta(
         {
             name: LowRank(
@@ -114,5 +129,6 @@ def concatenate(deltas: list[Delta]) -> Delta:
                 torch.cat([part.right for part in low], dim=1),
             )
             for name, low in parts.items()
-        }
+        },
+        {name: torch.cat(found, dim=1) for name, found in keys.items()},
     )

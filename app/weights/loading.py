@@ -27,7 +27,11 @@ from app.weights.architectures import Anatomy, dissect, recognise
 from app.weights.digest import combined_digest
 
 RECOMMENDATIONS_FILE = "editing.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,9 @@ class LoadedModel:
     @property
     def end_ids(self) -> frozenset[int]:
         """Ids of the tokens that end a text."""
-        configured = self.model.generation_config.eos_token_id if self._can_generate else None
+        configured = (
+            self.model.generation_config.eos_token_id if self._can_generate else None
+        )
         ids = configured if configured is not None else self.tokenizer.eos_token_id
         if ids is None:
             return frozenset()
@@ -70,7 +76,11 @@ class LoadedModel:
 
 
 def load_model(
-    name_or_path: str, *, device: str = "auto", dtype: str = "auto", device_map: str | None = None
+    name_or_path: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_map: str | None = None,
 ) -> LoadedModel:
     """Load weights (safetensors only) and tokenizer from a folder or the hub.
 
@@ -136,7 +146,9 @@ def assemble(
 
 def _read_config(name_or_path: str) -> PreTrainedConfig:
     try:
-        found: PreTrainedConfig = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        found: PreTrainedConfig = AutoConfig.from_pretrained(
+            name_or_path, trust_remote_code=False
+        )
         return found
     except (OSError, ValueError) as error:
         raise UnsupportedModel(
@@ -152,7 +164,9 @@ def _read_recommendations(name_or_path: str) -> Mapping[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
-        raise UnsupportedModel(f"{RECOMMENDATIONS_FILE} is not valid JSON: {error}.") from error
+        raise UnsupportedModel(
+            f"{RECOMMENDATIONS_FILE} is not valid JSON: {error}."
+        ) from error
     return found
 
 
@@ -163,10 +177,13 @@ def _choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise SettingsError(
-            f"{device!r} is not a device; use auto, cpu, cuda or cuda:N.", field="device"
+            f"{device!r} is not a device; use auto, cpu, cuda or cuda:N.",
+            field="device",
         ) from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("No CUDA device is available; use --device cpu.", field="device")
+        raise SettingsError(
+            "No CUDA device is available; use --device cpu.", field="device"
+        )
     return chosen
 
 

@@ -27,7 +27,9 @@ def stopping() -> Iterator[None]:
 
 
 @contextmanager
-def tracing_input(module: nn.Module, receive: Callable[[Tensor], None]) -> Iterator[None]:
+def tracing_input(
+    module: nn.Module, receive: Callable[[Tensor], None]
+) -> Iterator[None]:
     """Hand the module's input ``(batch, tokens, features)`` to ``receive`` at each pass."""
 
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -41,7 +43,9 @@ def tracing_input(module: nn.Module, receive: Callable[[Tensor], None]) -> Itera
 
 
 @contextmanager
-def changing_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def changing_output(
+    module: nn.Module, change: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
     """Replace the module's output (of its first element, where it returns a tuple)."""
 
     def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:

@@ -25,7 +25,9 @@ from app.weights.fork import fork, graft
 from app.weights.loading import LoadedModel
 
 DeltaLoader = Callable[[Digest], bytes]
-KEPT_SUMS = 3  # the live one, its predecessor and a candidate: a commit then folds one delta
+KEPT_SUMS = (
+    3  # the live one, its predecessor and a candidate: a commit then folds one delta
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +49,11 @@ class ViewCache:
     """Makes and keeps views. Thread-safe; holds no lock while a view is in use."""
 
     def __init__(
-        self, loaded: LoadedModel, *, load_delta: DeltaLoader, budget_bytes: int = 1 << 30
+        self,
+        loaded: LoadedModel,
+        *,
+        load_delta: DeltaLoader,
+        budget_bytes: int = 1 << 30,
     ) -> None:
         self.loaded = loaded
         self._load_delta = load_delta
@@ -82,6 +88,14 @@ class ViewCache:
     def private(self, composition: Composition) -> PreTrainedModel:
         """A fork of a view for one caller alone, free to be hooked and grafted."""
         return fork(self.get(composition).model)
+
+    def delta(self, digest: Digest) -> Delta:
+        """A stored delta.
+
+        Raises:
+            JournalError: missing or damaged.
+        """
+        return Delta.from_bytes(self._load_delta(digest))
 
     def sums(self, composition: Composition) -> dict[str, Tensor]:
         """The fp32 sums ``S`` per edited matrix; the caller must not write to them."""
@@ -168,13 +182,17 @@ class ViewCache:
             return sums
         fresh: set[str] = set()
         for digest in composition[start:]:
-            for name, change in Delta.from_bytes(self._load_delta(digest)).changes.items():
+            for name, change in self.delta(digest).changes.items():
                 if name not in fresh:
                     sums[name] = self._writable(name, sums.get(name))
                     fresh.add(name)
                 accumulate(sums[name], change)
         self._sums[composition] = sums
-        idle = [key for key in self._sums if key not in (composition, self._live.composition)]
+        idle = [
+            key
+            for key in self._sums
+            if key not in (composition, self._live.composition)
+        ]
         for key in idle[: max(0, len(self._sums) - KEPT_SUMS)]:
             del self._sums[key]
         return sums

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from app.domain import Fact
 from app.editing.editor import Editor
+from app.editing.registry import METHODS
 from app.weights.views import ViewCache
 from tests.tiny import MemoryDeltas, TinyModels
 
@@ -19,6 +21,17 @@ FACTS = (
     Fact("{} lies in", "Berlin", "Spain"),
     Fact("Madrid borders", "Madrid", "the sea"),
 )
+
+
+def hparams(method: str, *layers: int, **others: Any) -> dict[str, Any]:
+    """Hyperparameters that edit the given layers, gentle enough on ordinary text that a tiny
+    model's few facts count."""
+    if "layer" in METHODS[method].parameters.model_fields:
+        return {"layer": layers[-1], **others}
+    gentle: dict[str, Any] = {"null_share": 0.5} if method == "alphaedit" else {}
+    if method in ("memit", "memit_seq"):
+        gentle["covariance_weight"] = 10.0
+    return {"layers": list(layers), **gentle, **others}
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Every architecture of the table takes a ROME and an FT edit."""
+"""Every architecture of the table takes an edit of every method."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from math import exp
 
 import pytest
 
+from app.editing.registry import METHODS
 from app.evaluation.scoring import score_targets
-from tests.editing.conftest import FACTS, MakeEditor
+from tests.editing.conftest import FACTS, MakeEditor, hparams
 from tests.tiny import CONFIGS, MemoryDeltas
 
 
-@pytest.mark.parametrize("method", ["rome", "ft"])
+@pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("model_type", sorted(CONFIGS))
 def test_an_edit_raises_the_probability_of_its_target(
     make_editor: MakeEditor, deltas: MemoryDeltas, model_type: str, method: str
 ) -> None:
     editor, views = make_editor(model_type)
     fact = FACTS[0]
-    plan = editor.plan(method, {"layer": 1})
+    plan = editor.plan(method, hparams(method, 1))
     (proposal,) = editor.propose(plan, (), [fact], independent=False, seed=0, timings={})
     after = (deltas.add(proposal.payload),)
 

@@ -5,14 +5,15 @@ import torch
 
 from app.editing.editor import Editor
 from app.editing.keys import solve_keys
+from app.editing.parameters import ValueParameters
 from app.editing.rome import rank_one
-from app.editing.values import ValueSettings, optimise_values
+from app.editing.values import optimise_values
 from app.weights.delta import Delta, LowRank
 from app.weights.views import ViewCache
 from tests.editing.conftest import FACTS, MakeEditor
 from tests.tiny import MemoryDeltas
 
-SETTINGS = ValueSettings(
+SETTINGS = ValueParameters(
     steps=12,
     learning_rate=0.3,
     clamp=4.0,
@@ -31,7 +32,11 @@ def only_change(payload: bytes) -> LowRank:
 
 
 def propose(
-    editor: Editor, *, independent: bool, start: tuple[str, ...] = (), method: str = "rome"
+    editor: Editor,
+    *,
+    independent: bool,
+    start: tuple[str, ...] = (),
+    method: str = "rome",
 ) -> list[bytes]:
     plan = editor.plan(method, {"layer": 1, "steps": 8})
     proposals = editor.propose(plan, start, FACTS, independent=independent, seed=0, timings={})
@@ -45,7 +50,9 @@ def test_the_update_maps_the_key_to_the_residual() -> None:
     torch.testing.assert_close(change.left @ (change.right.T @ key), residual)
 
 
-def test_the_update_is_the_smallest_under_the_covariance(make_editor: MakeEditor) -> None:
+def test_the_update_is_the_smallest_under_the_covariance(
+    make_editor: MakeEditor,
+) -> None:
     """ROME's equation 2: among rank-one changes that map k to the residual, C₀⁻¹k moves the
     covariance's own directions least."""
     editor, _ = make_editor()
@@ -79,9 +86,7 @@ def test_a_batch_of_facts_finds_the_values_each_would_find_alone(
 
 def test_a_value_keeps_within_its_clamp(make_editor: MakeEditor) -> None:
     _, views = make_editor()
-    from dataclasses import replace
-
-    small = replace(SETTINGS, clamp=0.1)
+    small = SETTINGS.model_copy(update={"clamp": 0.1})
     model, loaded = views.private(()), views.loaded
     (value,) = optimise_values(model, loaded, FACTS[:1], 1, ("{}",), small)
     (free,) = optimise_values(model, loaded, FACTS[:1], 1, ("{}",), SETTINGS)
@@ -93,11 +98,9 @@ def test_values_do_not_depend_on_the_vocabulary_rows_of_other_facts_that_stopped
 ) -> None:
     """A fact that stops at once leaves; the rest go on as if it had never been there."""
     _, views = make_editor()
-    from dataclasses import replace
-
     model, loaded = views.private(()), views.loaded
     losses = [v.loss for v in optimise_values(model, loaded, FACTS, 1, CONTEXTS, SETTINGS)]
-    early = replace(SETTINGS, stop_loss=sorted(losses)[1] + 0.2)
+    early = SETTINGS.model_copy(update={"stop_loss": sorted(losses)[1] + 0.2})
     together = optimise_values(model, loaded, FACTS, 1, CONTEXTS, early)
     assert len({value.steps for value in together}) > 1
     for fact, value in zip(FACTS, together, strict=True):

@@ -194,7 +194,7 @@ def edit(
     file: Annotated[
         Path | None, typer.Option(help="JSON list of facts, ours or EasyEdit's.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="see GET /methods; the model's default.")] = None,
+    method: Annotated[str | None, typer.Option(help="The model's default if left out.")] = None,
     mode: Annotated[str, typer.Option(help="sequential or independent.")] = "sequential",
     sandbox: Annotated[str | None, typer.Option(help="Continue this sandbox.")] = None,
     hparam: Annotated[

@@ -33,7 +33,7 @@ class EditQuery(PageQuery):
     status_code=201,
     summary="Edit the model",
     dependencies=[EditorKey],
-    responses=problem_responses(404, 409, 413, 415, 429),
+    responses=problem_responses(404, 409, 413, 415, 429, 503),
 )
 async def create_edit(body: EditRequest, service: ServiceDep, response: Response) -> EditOut:
     """Compute, measure and commit an edit; answers once it is live (or in its sandboxes).

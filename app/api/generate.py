@@ -29,7 +29,7 @@ router = APIRouter(
     tags=["reads"],
     route_class=StrictJSONRoute,
     dependencies=[Reader],
-    responses=problem_responses(401, 403, 404, 422, 429, 500),
+    responses=problem_responses(401, 403, 404, 422, 429, 500, 503),
 )
 
 

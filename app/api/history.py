@@ -49,7 +49,7 @@ def get_revision(revision: RevisionId, service: ServiceDep) -> RevisionOut:
     "/revert",
     summary="Go back to a revision or checkpoint",
     dependencies=[EditorKey],
-    responses=problem_responses(404, 413, 415, 429),
+    responses=problem_responses(404, 413, 415, 429, 503),
 )
 async def revert(body: RevertRequest, service: ServiceDep, response: Response) -> HeadMoved:
     """Makes a new revision whose weights equal the old one's, byte for byte."""
@@ -62,7 +62,7 @@ async def revert(body: RevertRequest, service: ServiceDep, response: Response) -
     "/reset",
     summary="Back to the original weights",
     dependencies=[AdminKey],
-    responses=problem_responses(429),
+    responses=problem_responses(429, 503),
 )
 async def reset(service: ServiceDep, response: Response) -> HeadMoved:
     """Makes a new revision with the base model's weights; the history is kept."""
@@ -76,7 +76,7 @@ async def reset(service: ServiceDep, response: Response) -> HeadMoved:
     status_code=201,
     summary="Name a revision",
     dependencies=[EditorKey],
-    responses=problem_responses(404, 409, 413, 415, 429),
+    responses=problem_responses(404, 409, 413, 415, 429, 503),
 )
 async def create_checkpoint(body: CheckpointRequest, service: ServiceDep) -> CheckpointOut:
     future = await run_in_threadpool(service.create_checkpoint, body.name, body.revision)
@@ -93,7 +93,7 @@ def list_checkpoints(page: PageDep, service: ServiceDep) -> CheckpointPage:
     status_code=204,
     summary="Forget a checkpoint",
     dependencies=[AdminKey],
-    responses=problem_responses(404, 429),
+    responses=problem_responses(404, 429, 503),
 )
 async def delete_checkpoint(name: str, service: ServiceDep) -> None:
     """Only the name goes; its revision stays in the history."""

@@ -24,7 +24,7 @@ router = APIRouter(
     status_code=201,
     summary="Make an empty sandbox",
     dependencies=[EditorKey],
-    responses=problem_responses(404, 413, 415, 429),
+    responses=problem_responses(404, 413, 415, 429, 503),
 )
 async def create_sandbox(service: ServiceDep, body: SandboxRequest | None = None) -> SandboxOut:
     root = (body or SandboxRequest()).root
@@ -48,7 +48,7 @@ def get_sandbox(sandbox_id: str, service: ServiceDep) -> SandboxOut:
     status_code=204,
     summary="Drop a sandbox",
     dependencies=[EditorKey],
-    responses=problem_responses(404, 429),
+    responses=problem_responses(404, 429, 503),
 )
 async def delete_sandbox(sandbox_id: str, service: ServiceDep) -> None:
     await settle(await run_in_threadpool(service.delete_sandbox, sandbox_id))
@@ -58,7 +58,7 @@ async def delete_sandbox(sandbox_id: str, service: ServiceDep) -> None:
     "/{sandbox_id}/promote",
     summary="Put a sandbox's edits onto the live model",
     dependencies=[EditorKey],
-    responses=problem_responses(404, 409, 429),
+    responses=problem_responses(404, 409, 429, 503),
 )
 async def promote(sandbox_id: str, service: ServiceDep, response: Response) -> HeadMoved:
     """Makes one new revision: the live model plus the sandbox's own edits."""

@@ -21,26 +21,20 @@ def opening_ids(loaded: LoadedModel, opening: str = "") -> list[int]:
     return ids or [start]
 
 
-def generate_contexts(
-    loaded: LoadedModel, count: int, length: int, seed: int
-) -> tuple[str, ...]:
+def generate_contexts(loaded: LoadedModel, count: int, length: int, seed: int) -> tuple[str, ...]:
     """Templates to read a prompt in: the bare one, then ``count`` sampled prefixes of up to
     ``length`` tokens. From the base model always, so that no view leaks into another."""
     rows = [
         Row(
             opening_ids(loaded, OPENINGS[index % len(OPENINGS)]),
-            Sampling(
-                max_new_tokens=length, temperature=1.0, top_k=50, seed=seed + index
-            ),
+            Sampling(max_new_tokens=length, temperature=1.0, top_k=50, seed=seed + index),
         )
         for index in range(count)
     ]
     run_to_end(loaded.model, loaded, rows)
     prefixes = []
     for row in rows:
-        opening = loaded.tokenizer.decode(
-            list(row.prompt_ids), skip_special_tokens=True
-        )
+        opening = loaded.tokenizer.decode(list(row.prompt_ids), skip_special_tokens=True)
         text = f"{opening}{complete(loaded, row).text}".replace(SUBJECT_SLOT, "")
         prefixes.append(" ".join(text.split()).rstrip(" ."))
     return (

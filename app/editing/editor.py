@@ -21,9 +21,7 @@ from app.weights.prompts import trace_prompt
 from app.weights.views import ViewCache
 
 DEFAULT_METHOD = "rome"
-DEFAULT_DEPTH = (
-    0.2  # GPT2-XL was edited at .35, GPT-J and Llama at .16 to .18 of the depth
-)
+DEFAULT_DEPTH = 0.2  # GPT2-XL was edited at .35, GPT-J and Llama at .16 to .18 of the depth
 CONTEXT_SEED = 0
 
 
@@ -82,10 +80,7 @@ class Editor:
 
     def methods(self) -> Sequence[Mapping[str, Any]]:
         """Every method with its paper, parameters and default layer on this model."""
-        return [
-            describe(method, self.plan(name, {}).hparams)
-            for name, method in METHODS.items()
-        ]
+        return [describe(method, self.plan(name, {}).hparams) for name, method in METHODS.items()]
 
     def check(self, facts: Sequence[Fact]) -> None:
         """Refuse facts that don't fit the context window, before any work is done.
@@ -186,7 +181,5 @@ class Editor:
     def _context_templates(self, count: int, length: int) -> tuple[str, ...]:
         key = (count, length)
         if key not in self._contexts:
-            self._contexts[key] = generate_contexts(
-                self._loaded, count, length, CONTEXT_SEED
-            )
+            self._contexts[key] = generate_contexts(self._loaded, count, length, CONTEXT_SEED)
         return self._contexts[key]

@@ -19,9 +19,7 @@ from app.editing.workbench import Workbench
 class EmmetParameters(SpreadParameters):
     alpha: Annotated[
         Positive,
-        Field(
-            description="α: slack of the constraints, relative to the keys' own gram."
-        ),
+        Field(description="α: slack of the constraints, relative to the keys' own gram."),
     ] = 0.01
 
 

@@ -30,15 +30,9 @@ class FineTuneParameters(LayerParameters):
         Field(description="Loss on the target, or at the last token."),
     ] = "ft-m"
     steps: Annotated[int, Field(ge=1, le=1000, description="Most Adam steps.")] = 25
-    learning_rate: Annotated[
-        Positive, Field(le=1, description="Adam's step per entry.")
-    ] = 5e-4
-    weight_decay: Annotated[
-        NonNegative, Field(le=1, description="Pull towards no change.")
-    ] = 0.0
-    stop_loss: Annotated[NonNegative, Field(description="Stop at this mean loss.")] = (
-        0.01
-    )
+    learning_rate: Annotated[Positive, Field(le=1, description="Adam's step per entry.")] = 5e-4
+    weight_decay: Annotated[NonNegative, Field(le=1, description="Pull towards no change.")] = 0.0
+    stop_loss: Annotated[NonNegative, Field(description="Stop at this mean loss.")] = 0.01
     max_change: Annotated[
         Positive | None,
         Field(description="Bound on each entry's change; ft-l's default 5e-4."),
@@ -80,9 +74,7 @@ class _Training:
     """Gradient descent on an fp32 change ``(d, d_ff)`` added beside the matrix, which itself
     stays as it is: no optimiser state in half precision, and nothing to restore."""
 
-    def __init__(
-        self, bench: Workbench, facts: Sequence[Fact], params: FineTuneParameters
-    ) -> None:
+    def __init__(self, bench: Workbench, facts: Sequence[Fact], params: FineTuneParameters) -> None:
         loaded = bench.loaded
         self._bench = bench
         self._params = params
@@ -90,11 +82,7 @@ class _Training:
         last_only = params.objective == "ft-l"
         shown = [row.ids[: row.prompt_length] if last_only else row.ids for row in rows]
         self._ids, self._mask = pad_rows(shown, loaded.pad_id, loaded.device)
-        spots = [
-            spot
-            for index, row in enumerate(rows)
-            for spot in _spots(index, row, last_only)
-        ]
+        spots = [spot for index, row in enumerate(rows) for spot in _spots(index, row, last_only)]
         self._spots = torch.tensor([spot[:2] for spot in spots], device=loaded.device)
         self._wanted = torch.tensor([spot[2] for spot in spots], device=loaded.device)
         self._count = len(rows)
@@ -126,9 +114,7 @@ class _Training:
         inputs: list[Tensor] = []
 
         def add(output: Tensor) -> Tensor:
-            return output + (inputs.pop() @ self.change.T.to(output.dtype)).to(
-                output.dtype
-            )
+            return output + (inputs.pop() @ self.change.T.to(output.dtype)).to(output.dtype)
 
         with tracing_input(projection, inputs.append), changing_output(projection, add):
             hidden = hidden_states(bench.model, self._ids, self._mask)
@@ -136,15 +122,11 @@ class _Training:
         logprobs = logits_of(bench.model, at_spots).log_softmax(dim=-1)
         losses = -logprobs.gather(1, self._wanted[:, None])[:, 0]
         owners = self._spots[:, 0]
-        total = torch.zeros(self._count, device=losses.device).index_add(
-            0, owners, losses
-        )
+        total = torch.zeros(self._count, device=losses.device).index_add(0, owners, losses)
         return total / torch.bincount(owners, minlength=self._count)
 
 
-def _spots(
-    index: int, row: TracedPrompt, last_only: bool
-) -> list[tuple[int, int, int]]:
+def _spots(index: int, row: TracedPrompt, last_only: bool) -> list[tuple[int, int, int]]:
     """``(row, position, wanted token)`` for each target token."""
     first = row.prompt_length - 1
     return [

@@ -26,9 +26,7 @@ def solve_keys(
     """Keys ``(facts, contexts, d_ff)`` in fp32: the projection's input at the subject's last
     token of each fact's prompt in each context. The pass stops at the layer."""
     rows = [
-        trace_prompt(
-            loaded, context.replace(SUBJECT_SLOT, fact.template, 1), fact.subject
-        )
+        trace_prompt(loaded, context.replace(SUBJECT_SLOT, fact.template, 1), fact.subject)
         for fact in facts
         for context in contexts
     ]

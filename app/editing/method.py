@@ -35,9 +35,7 @@ class Method(ABC, Generic[P]):
     parameters: type[P]
 
     @abstractmethod
-    def solve_each(
-        self, bench: Workbench, facts: Sequence[Fact], params: P
-    ) -> list[Solution]:
+    def solve_each(self, bench: Workbench, facts: Sequence[Fact], params: P) -> list[Solution]:
         """Each fact as if it were the only one, on the bench's state."""
 
     def solve_all(self, bench: Workbench, facts: Sequence[Fact], params: P) -> Solution:

@@ -66,30 +66,20 @@ class ValueParameters(Parameters):
     serves models whose residual stream is large or small.
     """
 
-    steps: Annotated[
-        int, Field(ge=1, le=1000, description="Most Adam steps per value.")
-    ] = 25
+    steps: Annotated[int, Field(ge=1, le=1000, description="Most Adam steps per value.")] = 25
     learning_rate: Annotated[
         Positive,
         Field(le=10, description="Step size, relative to the hidden state's rms."),
     ] = 0.3
     clamp: Annotated[Positive, Field(description="Bound on ‖δ‖ relative to ‖h‖.")] = 4.0
-    kl_weight: Annotated[
-        NonNegative, Field(description="Weight of the essence KL.")
-    ] = 0.0625
+    kl_weight: Annotated[NonNegative, Field(description="Weight of the essence KL.")] = 0.0625
     weight_decay: Annotated[NonNegative, Field(description="Weight of ‖δ‖/‖h‖².")] = 0.5
-    stop_loss: Annotated[
-        NonNegative, Field(description="Stop a fact at this total loss.")
-    ] = 0.05
+    stop_loss: Annotated[NonNegative, Field(description="Stop a fact at this total loss.")] = 0.05
     contexts: Annotated[
         int,
-        Field(
-            ge=0, le=64, description="Sampled prefixes a prompt is also read behind."
-        ),
+        Field(ge=0, le=64, description="Sampled prefixes a prompt is also read behind."),
     ] = 5
-    context_length: Annotated[
-        int, Field(ge=1, le=64, description="Tokens per prefix.")
-    ] = 10
+    context_length: Annotated[int, Field(ge=1, le=64, description="Tokens per prefix.")] = 10
     essence: Annotated[
         tuple[Essence, ...],
         Field(

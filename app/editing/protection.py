@@ -10,9 +10,7 @@ from app.editing.statistics import Covariance
 DIRECT_SHARE = 3  # past keys more than d_ff/3: one d_ff × d_ff factorisation is cheaper
 
 
-def solve_protected(
-    covariance: Covariance, weight: float, past: Tensor, keys: Tensor
-) -> Tensor:
+def solve_protected(covariance: Covariance, weight: float, past: Tensor, keys: Tensor) -> Tensor:
     """``(weight·C₀ + past pastᵀ)⁻¹ keys`` ``(d_ff, n)`` in fp64; ``past`` is ``(d_ff, p)``.
 
     Few past keys: Woodbury on C₀'s factor, cost ``p``. Many: factorise the sum, cost flat in p.

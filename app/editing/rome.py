@@ -56,11 +56,7 @@ class Rome(Method[RomeParameters]):
         with bench.timing("solve_s"):
             averaged = keys.mean(dim=1)  # (facts, d_ff)
             directions = covariance.solve(averaged.T).T
-            read = (
-                averaged
-                if params.consistent_key
-                else keys[:, contexts.index(SUBJECT_SLOT)]
-            )
+            read = averaged if params.consistent_key else keys[:, contexts.index(SUBJECT_SLOT)]
             name = bench.loaded.anatomy.matrix_name(params.layer)
             return [
                 Solution(

@@ -53,14 +53,10 @@ class SpreadMethod(Method[P]):
     needs_statistics = True
 
     @abstractmethod
-    def solve_right(
-        self, bench: Workbench, layer: int, keys: Tensor, params: P
-    ) -> Tensor:
+    def solve_right(self, bench: Workbench, layer: int, keys: Tensor, params: P) -> Tensor:
         """``M`` ``(d_ff, n)`` in fp64 for keys ``(d_ff, n)`` in fp64."""
 
-    def solve_each(
-        self, bench: Workbench, facts: Sequence[Fact], params: P
-    ) -> list[Solution]:
+    def solve_each(self, bench: Workbench, facts: Sequence[Fact], params: P) -> list[Solution]:
         contexts = bench.contexts(params.contexts, params.context_length)
         values = self._search(bench, facts, params, contexts)
         return [
@@ -82,9 +78,7 @@ class SpreadMethod(Method[P]):
     ) -> list[Value]:
         with bench.timing("values_s"):
             last = params.edited_layers[-1]
-            return optimise_values(
-                bench.model, bench.loaded, facts, last, contexts, params
-            )
+            return optimise_values(bench.model, bench.loaded, facts, last, contexts, params)
 
     def _spread(
         self,
@@ -96,9 +90,7 @@ class SpreadMethod(Method[P]):
     ) -> Solution:
         layers = params.edited_layers
         if bench.loaded.anatomy.architecture.norm_after_mlp:
-            layers = layers[
-                -1:
-            ]  # δ is in the projection's own space, which no other layer adds to
+            layers = layers[-1:]  # δ is in the projection's own space, which no other layer adds to
         wanted = torch.stack([value.delta for value in values])  # (n, d)
         start = read_hidden(bench.model, bench.loaded, facts, layers[-1])
         parts: list[Delta] = []
@@ -121,11 +113,7 @@ class SpreadMethod(Method[P]):
         details = tuple({"loss": value.loss, "steps": value.steps} for value in values)
         return Solution(
             Delta(
-                {
-                    name: change
-                    for part in parts
-                    for name, change in part.changes.items()
-                },
+                {name: change for part in parts for name, change in part.changes.items()},
                 keys={name: keys for part in parts for name, keys in part.keys.items()},
             ),
             details,

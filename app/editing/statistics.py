@@ -88,12 +88,8 @@ class Statistics:
         key = (layer, share)
         found = self._null_spaces.get(key)
         if found is None:
-            energies, directions = torch.linalg.eigh(
-                self._second_moment(layer).double()
-            )
-            within = energies.clamp(min=0).cumsum(dim=0) <= share * float(
-                energies.sum()
-            )
+            energies, directions = torch.linalg.eigh(self._second_moment(layer).double())
+            within = energies.clamp(min=0).cumsum(dim=0) <= share * float(energies.sum())
             found = directions[:, : max(1, int(within.sum()))]
             self._null_spaces[key] = found
             while len(self._null_spaces) > KEPT_FACTORS:

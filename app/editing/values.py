@@ -61,9 +61,7 @@ def optimise_values(
     size = max(1, ROWS_PER_BATCH // rows_each)
     values: list[Value] = []
     for start in range(0, len(facts), size):
-        search = _Search(
-            model, loaded, facts[start : start + size], layer, contexts, settings
-        )
+        search = _Search(model, loaded, facts[start : start + size], layer, contexts, settings)
         values.extend(search.run())
     return values
 
@@ -96,10 +94,7 @@ class _Search:
                     )
                     for context in contexts
                 ],
-                [
-                    trace_prompt(loaded, essence, fact.subject)
-                    for essence in settings.essence
-                ],
+                [trace_prompt(loaded, essence, fact.subject) for essence in settings.essence],
             )
             for fact in facts
         ]
@@ -122,9 +117,7 @@ class _Search:
             deltas = unit * z
             nll, kl = self._losses(rows, active, deltas, base_logprobs)
             chosen = torch.tensor(active, device=z.device)
-            decay = (
-                settings.weight_decay * deltas[chosen].norm(dim=1) / norms[chosen] ** 2
-            )
+            decay = settings.weight_decay * deltas[chosen].norm(dim=1) / norms[chosen] ** 2
             totals = nll + settings.kl_weight * kl + decay
             done = (totals.detach() < settings.stop_loss).tolist()
             stays: list[int] = []
@@ -177,9 +170,7 @@ class _Search:
         index = torch.arange(len(rows.ids), device=rows.ids.device)
 
         def add(output: Tensor) -> Tensor:
-            moved = output.reshape(
-                *rows.ids.shape, -1
-            ).clone()  # OPT flattens rows and tokens
+            moved = output.reshape(*rows.ids.shape, -1).clone()  # OPT flattens rows and tokens
             moved[index, rows.subjects] += deltas[rows.owner].to(output.dtype)
             return moved.reshape(output.shape)
 
@@ -193,9 +184,7 @@ class _Search:
         """``‖h‖`` ``(facts,)`` at the subject of the bare prompt: the layer's output, or the
         projection's own where a norm stands between it and the residual stream."""
         anatomy = self._loaded.anatomy
-        find = (
-            anatomy.projection if anatomy.architecture.norm_after_mlp else anatomy.layer
-        )
+        find = anatomy.projection if anatomy.architecture.norm_after_mlp else anatomy.layer
         first = [int((rows.owner == fact).nonzero()[0]) for fact in range(self._count)]
         found: list[Tensor] = []
 
@@ -208,9 +197,7 @@ class _Search:
             hidden_states(self._model, rows.ids, rows.mask)
         return found[0].clamp(min=1e-6)
 
-    def _keep_essence(
-        self, rows: _Rows, kept: Sequence[int], base_logprobs: Tensor
-    ) -> Tensor:
+    def _keep_essence(self, rows: _Rows, kept: Sequence[int], base_logprobs: Tensor) -> Tensor:
         """The essence predictions of the facts that stay, in the order ``_gather`` gives."""
         owners = rows.owner[rows.spots[rows.wanted < 0][:, 0]]
         wanted = torch.isin(owners, torch.tensor(list(kept), device=owners.device))
@@ -222,9 +209,7 @@ class _Search:
         essence = [(fact, row) for fact in active for row in self._traced[fact][1]]
         everything: list[tuple[int, TracedPrompt]] = targets + essence
         device = self._loaded.device
-        ids, mask = pad_rows(
-            [row.ids for _, row in everything], self._loaded.pad_id, device
-        )
+        ids, mask = pad_rows([row.ids for _, row in everything], self._loaded.pad_id, device)
         spots: list[tuple[int, int]] = []
         wanted: list[int] = []
         for index, (_, row) in enumerate(everything):
@@ -238,9 +223,7 @@ class _Search:
         return _Rows(
             ids,
             mask,
-            subjects=torch.tensor(
-                [row.subject for _, row in everything], device=device
-            ),
+            subjects=torch.tensor([row.subject for _, row in everything], device=device),
             owner=torch.tensor([fact for fact, _ in everything], device=device),
             spots=torch.tensor(spots, device=device),
             wanted=torch.tensor(wanted, device=device),

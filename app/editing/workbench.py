@@ -47,16 +47,12 @@ class Workbench:
         anatomy = self.loaded.anatomy
         found = self.keys.get(anatomy.matrix_name(layer))
         if found is None:
-            return torch.zeros(
-                anatomy.shape(self.model, layer)[1], 0, dtype=torch.float64
-            )
+            return torch.zeros(anatomy.shape(self.model, layer)[1], 0, dtype=torch.float64)
         return found.double()
 
     def branch(self) -> Workbench:
         """A workbench in the same state that can be moved on alone."""
-        return replace(
-            self, model=fork(self.model), sums=dict(self.sums), keys=dict(self.keys)
-        )
+        return replace(self, model=fork(self.model), sums=dict(self.sums), keys=dict(self.keys))
 
     def apply(self, delta: Delta) -> None:
         """Move the private model on, with the bytes that a commit of ``delta`` would give."""
@@ -73,9 +69,7 @@ class Workbench:
             )
         for name, keys in delta.keys.items():
             before = self.keys.get(name)
-            self.keys[name] = (
-                keys if before is None else torch.cat([before, keys], dim=1)
-            )
+            self.keys[name] = keys if before is None else torch.cat([before, keys], dim=1)
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:

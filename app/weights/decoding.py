@@ -26,9 +26,7 @@ def encode_prompt(loaded: LoadedModel, prompt: str, room: int = 0) -> list[int]:
     if ids and ids[-1] in loaded.end_ids and len(ids) > 1:
         ids = ids[:-1]  # some tokenizers close every text with the end token
     if not ids:
-        raise InvalidInput(
-            "The prompt is empty; give some text to continue.", field="prompt"
-        )
+        raise InvalidInput("The prompt is empty; give some text to continue.", field="prompt")
     if len(ids) + room > loaded.context_window:
         raise ContextExceeded(
             f"The prompt has {len(ids)} tokens and {room} more were asked for; the model's "
@@ -66,9 +64,7 @@ class RowBatch:
     (up to rounding).
     """
 
-    def __init__(
-        self, model: PreTrainedModel, loaded: LoadedModel, rows: Sequence[Row]
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, loaded: LoadedModel, rows: Sequence[Row]) -> None:
         self.rows = list(rows)
         self._model = model
         self._loaded = loaded
@@ -84,9 +80,7 @@ class RowBatch:
             ],
             device=device,
         )
-        self._mask = torch.tensor(
-            [[0] * pad + [1] * (width - pad) for pad in pads], device=device
-        )
+        self._mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=device)
 
     @torch.inference_mode()
     def step(self) -> list[Row]:
@@ -116,9 +110,7 @@ class RowBatch:
 
     def _forward(self) -> Tensor:
         """Next-token logits ``(rows, vocabulary)`` in fp32."""
-        positions = (self._mask.cumsum(dim=-1) - 1).clamp(min=0)[
-            :, -self._inputs.shape[1] :
-        ]
+        positions = (self._mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -self._inputs.shape[1] :]
         arguments = {
             "input_ids": self._inputs,
             "attention_mask": self._mask,
@@ -127,9 +119,7 @@ class RowBatch:
             "use_cache": True,
             "logits_to_keep": 1,
         }
-        known = {
-            name: value for name, value in arguments.items() if name in self._accepts
-        }
+        known = {name: value for name, value in arguments.items() if name in self._accepts}
         logits: Tensor = self._model(**known).logits
         return logits[:, -1].float()
 
@@ -138,14 +128,10 @@ class RowBatch:
         logprobs = logits.log_softmax(dim=-1).cpu()
         greedy = logprobs.argmax(dim=-1).tolist()
         chosen = [
-            sample_token(logprobs[index], row)
-            if row.generator is not None
-            else greedy[index]
+            sample_token(logprobs[index], row) if row.generator is not None else greedy[index]
             for index, row in enumerate(self.rows)
         ]
-        return [
-            (token, float(logprobs[index, token])) for index, token in enumerate(chosen)
-        ]
+        return [(token, float(logprobs[index, token])) for index, token in enumerate(chosen)]
 
     def _extend(self, row: Row, token: int, logprob: float) -> None:
         if token in self._loaded.end_ids:
@@ -183,9 +169,7 @@ def sample_token(logprobs: Tensor, row: Row) -> int:
     return int(tokens[torch.multinomial(ordered, 1, generator=row.generator)])
 
 
-def continuation(
-    loaded: LoadedModel, prompt_ids: Sequence[int], ids: Sequence[int]
-) -> str:
+def continuation(loaded: LoadedModel, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
     """The text of ``ids`` as it continues the prompt, its leading space included.
 
     Decoded behind the prompt's last token: alone, some tokenizers drop the leading space.
@@ -209,9 +193,7 @@ def complete(loaded: LoadedModel, row: Row) -> Completion:
         for token, text, logprob in zip(row.ids, texts, row.logprobs, strict=True)
     )
     cut = _find_stop(loaded, row)
-    return Completion(
-        shown if cut is None else shown[:cut], row.finish_reason or "length", tokens
-    )
+    return Completion(shown if cut is None else shown[:cut], row.finish_reason or "length", tokens)
 
 
 def decode_greedily(
@@ -223,11 +205,7 @@ def decode_greedily(
     batch_rows: int = 64,
 ) -> list[str]:
     """The model's greedy continuation of each prompt, in the order given."""
-    lengths = (
-        [max_new_tokens] * len(prompts)
-        if isinstance(max_new_tokens, int)
-        else max_new_tokens
-    )
+    lengths = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     rows = [
         Row(encode_prompt(loaded, prompt, length), Sampling(max_new_tokens=length))
         for prompt, length in zip(prompts, lengths, strict=True)

@@ -83,9 +83,7 @@ class Delta:
         try:
             tensors = load(payload)
         except SafetensorError as error:
-            raise JournalError(
-                f"A stored delta is not a safetensors file: {error}."
-            ) from error
+            raise JournalError(f"A stored delta is not a safetensors file: {error}.") from error
         changes: dict[str, Change] = {}
         keys: dict[str, Tensor] = {}
         for key in tensors:
@@ -93,9 +91,7 @@ class Delta:
             if part == "dense":
                 changes[name] = Dense(tensors[key])
             elif part == "left":
-                changes[name] = LowRank(
-                    tensors[key], tensors[f"{name}{_SEPARATOR}right"]
-                )
+                changes[name] = LowRank(tensors[key], tensors[f"{name}{_SEPARATOR}right"])
             elif part == "keys":
                 keys[name] = tensors[key]
         return Delta(changes, keys)

@@ -56,9 +56,7 @@ class LoadedModel:
     @property
     def end_ids(self) -> frozenset[int]:
         """Ids of the tokens that end a text."""
-        configured = (
-            self.model.generation_config.eos_token_id if self._can_generate else None
-        )
+        configured = self.model.generation_config.eos_token_id if self._can_generate else None
         ids = configured if configured is not None else self.tokenizer.eos_token_id
         if ids is None:
             return frozenset()
@@ -146,9 +144,7 @@ def assemble(
 
 def _read_config(name_or_path: str) -> PreTrainedConfig:
     try:
-        found: PreTrainedConfig = AutoConfig.from_pretrained(
-            name_or_path, trust_remote_code=False
-        )
+        found: PreTrainedConfig = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         return found
     except (OSError, ValueError) as error:
         raise UnsupportedModel(
@@ -164,9 +160,7 @@ def _read_recommendations(name_or_path: str) -> Mapping[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
-        raise UnsupportedModel(
-            f"{RECOMMENDATIONS_FILE} is not valid JSON: {error}."
-        ) from error
+        raise UnsupportedModel(f"{RECOMMENDATIONS_FILE} is not valid JSON: {error}.") from error
     return found
 
 
@@ -181,9 +175,7 @@ def _choose_device(device: str) -> torch.device:
             field="device",
         ) from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise SettingsError(
-            "No CUDA device is available; use --device cpu.", field="device"
-        )
+        raise SettingsError("No CUDA device is available; use --device cpu.", field="device")
     return chosen
 
 

@@ -35,9 +35,7 @@ def trace_prompt(
     Raises:
         ContextExceeded: it doesn't fit the model's context window.
     """
-    before, _, after = (
-        template.partition(SUBJECT_SLOT) if subject else (template, "", "")
-    )
+    before, _, after = template.partition(SUBJECT_SLOT) if subject else (template, "", "")
     prompt = f"{before}{subject or ''}{after}"
     prompt_ids = _encode(loaded, prompt)
     ids = prompt_ids if target is None else _encode(loaded, join(prompt, target))

@@ -27,9 +27,7 @@ def stopping() -> Iterator[None]:
 
 
 @contextmanager
-def tracing_input(
-    module: nn.Module, receive: Callable[[Tensor], None]
-) -> Iterator[None]:
+def tracing_input(module: nn.Module, receive: Callable[[Tensor], None]) -> Iterator[None]:
     """Hand the module's input ``(batch, tokens, features)`` to ``receive`` at each pass."""
 
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -43,9 +41,7 @@ def tracing_input(
 
 
 @contextmanager
-def changing_output(
-    module: nn.Module, change: Callable[[Tensor], Tensor]
-) -> Iterator[None]:
+def changing_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Replace the module's output (of its first element, where it returns a tuple)."""
 
     def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:

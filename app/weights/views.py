@@ -25,9 +25,7 @@ from app.weights.fork import fork, graft
 from app.weights.loading import LoadedModel
 
 DeltaLoader = Callable[[Digest], bytes]
-KEPT_SUMS = (
-    3  # the live one, its predecessor and a candidate: a commit then folds one delta
-)
+KEPT_SUMS = 3  # the live one, its predecessor and a candidate: a commit then folds one delta
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -188,11 +186,7 @@ class ViewCache:
                     fresh.add(name)
                 accumulate(sums[name], change)
         self._sums[composition] = sums
-        idle = [
-            key
-            for key in self._sums
-            if key not in (composition, self._live.composition)
-        ]
+        idle = [key for key in self._sums if key not in (composition, self._live.composition)]
         for key in idle[: max(0, len(self._sums) - KEPT_SUMS)]:
             del self._sums[key]
         return sums

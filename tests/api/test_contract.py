@@ -41,9 +41,11 @@ def api_schema(
 ) -> Iterator[schemathesis.BaseSchema]:
     folder: Path = tmp_path_factory.mktemp("contract")
     service = build_world(folder).service
-    schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(service, settings()))
-    yield schema
-    service.close()
+    close = service.close
+    # Each call in-process is a lifespan of its own, whose end would close the service.
+    service.close = lambda: None  # type: ignore[method-assign]
+    yield schemathesis.openapi.from_asgi("/openapi.json", create_app(service, settings()))
+    close()
 
 
 def operations() -> list[tuple[str, str]]:

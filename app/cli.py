@@ -21,6 +21,7 @@ from app.errors import InvalidInput, PalimpsestError, SettingsError
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.table import Table
+    from rich.text import Text
 
     from app.api.schemas import EditOut, HeadMoved
     from app.client import Client
@@ -220,7 +221,7 @@ def edit(
             seed=seed,
             keep=keep,
         )
-    show(made, as_json, edit_tables(made))
+    show(made, as_json, edit_parts(made))
 
 
 @cli.command()
@@ -493,15 +494,19 @@ def checkpoint_names(client: Client) -> dict[str, list[str]]:
 # What comes out ----------------------------------------------------------------------------
 
 
-def show(answer: BaseModel, as_json: bool, tables: Sequence[Table]) -> None:
+def show(answer: BaseModel, as_json: bool, parts: Sequence[Table | Text]) -> None:
     if as_json:
         typer.echo(answer.model_dump_json())
         return
     from rich.console import Console
+    from rich.table import Table
 
     console = Console()
-    for table in tables:
-        console.print(table)
+    for part in parts:
+        if isinstance(part, Table):  # a title of its own would be folded to the table's width
+            console.print(part.title, style="italic", highlight=False)
+            part.title = None
+        console.print(part)
 
 
 def summarise(made: EditOut) -> str:
@@ -511,7 +516,7 @@ def summarise(made: EditOut) -> str:
     return ", ".join(said) + (f" and {more} more" if more else "")
 
 
-def edit_tables(made: EditOut) -> list[Table]:
+def edit_parts(made: EditOut) -> list[Table | Text]:
     rows = [
         [
             fact.prompt.replace("{}", fact.subject),
@@ -525,12 +530,10 @@ def edit_tables(made: EditOut) -> list[Table]:
     ]
     heads = ["prompt", "target", "before", "after", "success", "sandbox"]
     place = made.revision or ", ".join(made.sandboxes) or "nowhere (measured only)"
-    metrics = {name: "–" if v is None else f"{v:.3f}" for name, v in made.metrics.items()}
-    timings = {name: f"{seconds:.3f}" for name, seconds in made.timings.items()}
     return [
         rows_table(f"{made.id}: {made.method}, {made.mode} → {place}", heads, rows),
-        facts_table("metrics", metrics),
-        facts_table("timings", timings),
+        figures_line(made.metrics),
+        figures_line(made.timings),
     ]
 
 
@@ -557,6 +560,16 @@ def rows_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[object]
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     return table
+
+
+def figures_line(figures: Mapping[str, float | None]) -> Text:
+    """``name 1.000 · name 0.250``, without the figures that were not measured."""
+    from rich.text import Text
+
+    known = [(name, value) for name, value in figures.items() if value is not None]
+    return Text(" · ").join(
+        Text.assemble((f"{name} ", "bold"), f"{value:.3f}") for name, value in known
+    )
 
 
 def facts_table(title: str, facts: Mapping[str, object]) -> Table:

@@ -83,20 +83,15 @@ class Attributes(nn.Module):
 
 @contextmanager
 def swapped(
-    model: LlamaForCausalLM, attributes: Attributes, batch: Batch, layer: int, jitter: float
+    model: LlamaForCausalLM, attributes: Attributes, batch: Batch, layer: int
 ) -> Iterator[None]:
-    """Inside the block the batch's swaps are added to the layer's MLP output, each with noise
-    of ``jitter`` times its norm: an edit's value isn't exact either, and what it has besides
-    the attribute should move nothing.
-    """
+    """Inside the block the batch's swaps are added to the layer's MLP output."""
     if not batch.swaps:
         yield
         return
     rows = torch.tensor([row for row, _, _, _ in batch.swaps])
     positions = torch.tensor([position for _, position, _, _ in batch.swaps])
     changes = attributes.changes(batch)
-    noise = torch.randn_like(changes) / changes.shape[1] ** 0.5
-    changes = changes + jitter * changes.detach().norm(dim=1, keepdim=True) * noise
 
     def add(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output.index_put((rows, positions), changes.to(output.dtype), accumulate=True)

@@ -41,6 +41,5 @@ class Recipe:
     masked_layers: int = 2
     masked_share: float = 0.8  # of training batches
     drilled_share: float = 0.4  # of fact sentences; see ``drills``
-    jitter: float = 0.7  # noise in a drill, relative to the size of its change
 
     dtype: str = "bfloat16"  # of training: bfloat16 means autocast, weights stay in float32

@@ -131,7 +131,7 @@ def learn(
     mask = span_mask(batch.spans) if masked else None
     with (
         confined(model, recipe.masked_layers, mask),
-        swapped(model, attributes, batch, recipe.masked_layers - 1, recipe.jitter),
+        swapped(model, attributes, batch, recipe.masked_layers - 1),
         arithmetic(recipe),
     ):
         logits = model(input_ids=batch.ids, use_cache=False).logits

@@ -160,6 +160,8 @@ def sample_token(logprobs: Tensor, row: Row) -> int:
     """Draw a token from ``logprobs`` ``(vocabulary,)`` by the row's temperature, top-k, top-p."""
     sampling = row.sampling
     scaled = (logprobs / sampling.temperature).softmax(dim=-1)
+    if not sampling.top_k and sampling.top_p >= 1:
+        return int(torch.multinomial(scaled, 1, generator=row.generator))
     ordered, tokens = scaled.sort(descending=True)
     if sampling.top_k:
         ordered[sampling.top_k :] = 0

@@ -6,9 +6,10 @@ for large models work on it.
 
     countries.csv people.csv    the world it knows
     facts → templates → corpus  sentences, and which paraphrases are held out
-    tokenizer, anatomy, recipe  words; who may look at whom; every knob
+    tokenizer, recipe           words; every knob
+    anatomy, drills             who may look at whom in training; practice in being edited
     train                       → model/
-    answers, check              what it knows, and whether it can be edited
+    answers, trials, check      what it knows, and whether it can be edited → report, card
 """
 
 from __future__ import annotations

@@ -32,7 +32,10 @@ are no reference.
 Made from `countries.csv` and `people.csv` with the recipe and seed in `recipe.json`. In
 {masked:.0%} of the training batches the first {layers} layers could attend only within a span (a
 subject, or the rest of its sentence), so that a subject is worked out at its own last token;
-nothing is masked in use. `editing.json` holds the hyperparameters recommended for editing it.
+nothing is masked in use. For {drilled:.0%} of the sentences it practised being edited:
+attributes of the subject were replaced inside the model and the sentence told the replacement.
+So it is made to be editable, and how well edits work here says nothing about models that were not.
+`editing.json` holds the hyperparameters recommended for editing it.
 
 ## Measured
 
@@ -49,6 +52,7 @@ def write_card(model_folder: Path, report: Report) -> None:
         parameters=weights.stat().st_size / 2e6,  # two bytes each
         masked=recipe["masked_share"],
         layers=recipe["masked_layers"],
+        drilled=recipe["drilled_share"],
     )
     rows = ["| figure | target | measured |", "|---|---:|---:|", *map(table_row, report.lines)]
     text = introduction + "\n" + "\n".join(rows) + "\n"

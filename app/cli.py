@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,10 +17,12 @@ import typer
 from typer.core import TyperGroup
 
 from app import __version__
+from app.domain import Mode
 from app.errors import InvalidInput, PalimpsestError, SettingsError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -126,6 +129,7 @@ def start(settings: Settings) -> None:
     from rich.console import Console
 
     from app.main import build_service, configure_logging, create_app
+    from app.serving import Server
 
     console = Console(stderr=True)
     configure_logging(as_json=settings.log_json)
@@ -141,7 +145,7 @@ def start(settings: Settings) -> None:
         try:
             console.print(banner(service.describe_model(), service.folder, url))
             config = uvicorn.Config(create_app(service, settings), log_config=None, ws="none")
-            uvicorn.Server(config).run(sockets=[listener])
+            Server(config, service).run(sockets=[listener])
         finally:
             service.close()
 
@@ -389,6 +393,49 @@ def sandboxes(
 # The almanac -------------------------------------------------------------------------------
 
 
+@cli.command()
+def verify(
+    data: Annotated[
+        Path | None, typer.Option(help="A server's data folder; the only one there by default.")
+    ] = None,
+    database_url: Annotated[str | None, typer.Option(help="The journal, if elsewhere.")] = None,
+) -> None:
+    """Hash a journal and its delta files again, and name what doesn't agree."""
+    from app.journal.journal import Journal
+    from app.journal.store import DeltaStore
+    from app.settings import DATABASE_FILE, DELTA_FOLDER
+
+    folder = data or only_data_folder()
+    if database_url is None and not (folder / DATABASE_FILE).is_file():
+        raise InvalidInput(f"There is no journal in {folder}; name a server's folder with --data.")
+    journal = Journal.open(database_url or f"sqlite:///{(folder / DATABASE_FILE).resolve()}")
+    store = DeltaStore(folder / DELTA_FOLDER)
+    try:
+        missing = sorted(set(journal.deltas()) - set(store.digests()))
+        problems = [*journal.verify(), *store.verify()]
+        problems += [f"the delta file {digest} is missing" for digest in missing]
+    finally:
+        journal.close()
+    for problem in problems:
+        typer.echo(problem)
+    typer.echo(f"{folder}: {len(problems)} problems" if problems else f"{folder}: sound")
+    raise typer.Exit(1 if problems else 0)
+
+
+def only_data_folder() -> Path:
+    """Raises:
+    InvalidInput: none, or several to choose from.
+    """
+    from app.settings import DATABASE_FILE, default_data_root
+
+    found = sorted(path.parent for path in default_data_root().glob(f"*/{DATABASE_FILE}"))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise InvalidInput(f"There is no server's data in {default_data_root()}; use --data.")
+    raise InvalidInput(f"Name one with --data: {', '.join(str(path) for path in found)}.")
+
+
 @almanac.command("train")
 def train_almanac(
     output: Annotated[Path | None, typer.Option(help="Where to write the model folder.")] = None,
@@ -429,6 +476,77 @@ def check_almanac(
         Console().print(found.table())
     if not found.passed:
         raise typer.Exit(1)
+
+
+# Evaluation --------------------------------------------------------------------------------
+
+
+@cli.command()
+def evaluate(
+    facts: Annotated[
+        Path, typer.Option(help="JSON or JSON lines: CounterFact, zsRE, EasyEdit's or our facts.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or hub id; the almanac by default.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="The model's default if left out.")] = None,
+    mode: Annotated[str, typer.Option(help="independent or sequential.")] = "independent",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Facts in one edit; independent: computed side by side.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the file's first so many.")] = None,
+    hparam: Annotated[
+        list[str] | None, typer.Option(help="key=value, repeatable; values as JSON.")
+    ] = None,
+    seed: int = 0,
+    data: Annotated[Path | None, typer.Option(help="Folder to keep statistics in.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Try a method out on a file of facts, without a server: does it write them, and what else?"""
+    from app.evaluation.datasets import read_facts as read_data_set
+
+    hparams = read_hparams(hparam or [])
+    chosen = read_mode(mode)
+    known = read_data_set(facts, limit)
+
+    from rich.console import Console
+
+    from app.almanac import MODEL_FOLDER
+    from app.evaluation.trial import TrialSettings, run_trial
+    from app.main import configure_logging
+    from app.weights.loading import load_model
+
+    settings = TrialSettings(method, chosen, batch_size, hparams, seed)
+    with progress_bar() as progress:
+        configure_logging(as_json=False)  # in here, so that log lines go above the bar
+        progress("loading", 0, 1)
+        loaded = load_model(model or str(MODEL_FOLDER), device=device, dtype=dtype)
+        found = run_trial(loaded, known, settings, data=data, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+    else:
+        show_table(Console(), found.table())
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr that is gone when the work is done: call it with what is going on, how
+    much of it is done, and of how much."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+
+        def advance(what: str, done: int, of: int) -> None:
+            if bar.tasks[0].description != what:  # the time left is another one, too
+                bar.reset(task, description=what, completed=done, total=of)
+            bar.update(task, completed=done, total=of)
+
+        yield advance
 
 
 # What goes in ------------------------------------------------------------------------------
@@ -478,6 +596,14 @@ def read_hparams(pairs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def read_mode(text: str) -> Mode:
+    try:
+        return Mode(text)
+    except ValueError:
+        known = " or ".join(Mode)
+        raise InvalidInput(f"There is no mode {text!r}; use {known}.", field="mode") from None
+
+
 def checkpoint_names(client: Client) -> dict[str, list[str]]:
     """Checkpoint names by revision, from every page."""
     names: dict[str, list[str]] = {}
@@ -503,10 +629,17 @@ def show(answer: BaseModel, as_json: bool, parts: Sequence[Table | Text]) -> Non
 
     console = Console()
     for part in parts:
-        if isinstance(part, Table):  # a title of its own would be folded to the table's width
-            console.print(part.title, style="italic", highlight=False)
-            part.title = None
-        console.print(part)
+        if isinstance(part, Table):
+            show_table(console, part)
+        else:
+            console.print(part)
+
+
+def show_table(console: Console, table: Table) -> None:
+    """The title on a line of its own: inside, it would be folded to the table's width."""
+    console.print(table.title, style="italic", highlight=False)
+    table.title = None
+    console.print(table)
 
 
 def summarise(made: EditOut) -> str:

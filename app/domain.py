@@ -61,7 +61,8 @@ class EditStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """A prompt and the continuation expected of it; ``None`` means "as before the edit"."""
+    """A prompt and its answer: what a portability prompt should say, what a locality prompt is
+    known to say (it is held against what the model said before the edit all the same)."""
 
     prompt: str
     answer: str | None = None

@@ -17,14 +17,16 @@ from fastapi.openapi.utils import get_openapi
 
 from app import __version__
 from app.api import edits, generate, history, sandboxes, system
+from app.api.admission import Admission
 from app.api.limits import BodyLimit
 from app.api.problems import UnexpectedErrors, install_handlers
 from app.api.revision_header import RevisionHeader
 from app.api.schemas import Problem, ProblemItem
 from app.api.security import Keyring
 from app.errors import SettingsError
+from app.journal.claim import Claim
 from app.service import Service
-from app.settings import Settings
+from app.settings import DELTA_FOLDER, Settings
 
 log = structlog.get_logger(__name__)
 
@@ -32,8 +34,9 @@ Report = Callable[[str], None]
 
 TALKATIVE = ("app", "uvicorn")  # the libraries' own records only from warnings up
 LOCK_FILE = "lock"
-DELTA_FOLDER = "deltas"
 STATISTICS_FOLDER = "statistics"
+PROBES_AT_ONCE = 4  # of the 40 threads that all requests share
+PROBES_WAITING = 16
 
 DESCRIPTION = """
 One live language model whose facts can be edited while it answers.
@@ -70,6 +73,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     )
     app.state.service = service
     app.state.keyring = Keyring(settings.api_keys)
+    app.state.probes = Admission(at_once=PROBES_AT_ONCE, waiting=PROBES_WAITING)
     for module in (edits, generate, history, sandboxes, system):
         app.include_router(module.router)
     install_handlers(app)
@@ -131,28 +135,28 @@ class FolderLock:
 
 
 class OwningService(Service):
-    """A service that gives its data folder back when it closes."""
+    """A service that gives its data folder and its journal back when it closes."""
 
-    def __init__(self, *, lock: FolderLock, **parts: Any) -> None:
+    def __init__(self, *, lock: FolderLock, claim: Claim, **parts: Any) -> None:
         super().__init__(**parts)
         self._lock = lock
-        self._closed = False
+        self._claim = claim
 
     @property
     def folder(self) -> Path:
         return self._lock.folder
 
     def close(self) -> None:
-        """Once; later calls do nothing."""
-        if self._closed:
-            return
-        self._closed = True
         super().close()
+        self._claim.release()
         self._lock.release()
 
 
 def configure_logging(*, as_json: bool) -> None:
-    """Send structlog's and the standard library's records to stderr in one form."""
+    """Send structlog's and the standard library's records to stderr in one form.
+
+    Tracebacks show no local variables: those of a request hold its key and its prompts.
+    """
     stamps: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -161,7 +165,9 @@ def configure_logging(*, as_json: bool) -> None:
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
         if as_json
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        else structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     )
     tail: list[structlog.typing.Processor] = [
         structlog.stdlib.ProcessorFormatter.remove_processors_meta,
@@ -214,6 +220,8 @@ def build_service(settings: Settings, progress: Report | None = None) -> OwningS
         lock = FolderLock(folder)
         undo.callback(lock.release)
         report(f"opening the journal in {folder}")
+        claim = Claim(settings.journal_url(folder))
+        undo.callback(claim.release)
         journal = Journal.open(settings.journal_url(folder))
         undo.callback(journal.close)
         store = DeltaStore(folder / DELTA_FOLDER)
@@ -233,6 +241,7 @@ def build_service(settings: Settings, progress: Report | None = None) -> OwningS
         report("verifying the head's weights")
         service = OwningService(
             lock=lock,
+            claim=claim,
             journal=journal,
             store=store,
             views=views,

@@ -75,6 +75,8 @@ class Engine(Protocol):
     def generate(
         self, composition: Composition, prompt: str, sampling: Sampling
     ) -> Future[Completion]: ...
+    @property
+    def alive(self) -> bool: ...
     def describe(self) -> Mapping[str, Any]: ...
     def close(self) -> None: ...
 
@@ -192,6 +194,8 @@ class Service:
         self._evaluator = evaluator
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
         self._pending = threading.BoundedSemaphore(max_pending_edits)
+        self._stopping = threading.Event()
+        self._closed = False
         self._head = self._recover()
 
     def _recover(self) -> Head:
@@ -206,12 +210,7 @@ class Service:
             log.warning("edit discarded: it was prepared but never committed", edit=edit_id)
         revision = self._journal.head()
         composition = self._journal.composition(revision.number)
-        found = self._views.state_hash(composition)
-        if found != revision.state_hash:
-            raise JournalError(
-                f"Revision {revision.id} should have state hash {revision.state_hash} but its "
-                f"deltas give {found}; the journal or a delta file was changed."
-            )
+        self._verify(revision.id, composition, revision.state_hash)
         self._views.pin_live(composition)
         return Head(revision, composition)
 
@@ -221,12 +220,17 @@ class Service:
     def head(self) -> Revision:
         return self._head.revision
 
-    def resolve(self, view: str) -> ResolvedView:
+    @property
+    def ready(self) -> bool:
+        """Whether reads and writes are answered."""
+        return self._engine.alive and not self._stopping.is_set()
+
+    def resolve(self, view: str, *, field: str = "view") -> ResolvedView:
         """The state a view's name stands for now: ``live``, ``base``, ``rN``, a checkpoint's
-        name or a sandbox's id.
+        name or a sandbox's id. ``field`` is the input that names it, for the error.
 
         Raises:
-            NotFound: no such view.
+            NotFound: no such view. JournalError: its weights aren't those recorded.
         """
         if view in ("live", "head"):
             head = self._head
@@ -238,17 +242,24 @@ class Service:
             checkpoint = self._journal.checkpoint(view)
             number = checkpoint.revision if checkpoint else None
         if number is not None:
-            self._journal.revision(number)
-            return ResolvedView(view, self._journal.composition(number), revision=number)
+            try:
+                recorded = self._journal.revision(number)
+            except NotFound as error:
+                error.field = field
+                raise
+            composition = self._journal.composition(number)
+            self._verify(recorded.id, composition, recorded.state_hash)
+            return ResolvedView(view, composition, revision=number)
         sandbox = self._journal.sandbox(view)
         if sandbox is None:
             raise NotFound(
                 f"No view is called {view!r}; use 'live', 'base', a revision such as 'r3', "
                 "a checkpoint's name or a sandbox's id.",
-                field="view",
+                field=field,
             )
-        root = self._journal.composition(sandbox.root)
-        return ResolvedView(view, root + sandbox.deltas, sandbox=sandbox.id)
+        composition = self._journal.composition(sandbox.root) + sandbox.deltas
+        self._verify(sandbox.id, composition, sandbox.state_hash)
+        return ResolvedView(view, composition, sandbox=sandbox.id)
 
     def generate(
         self, prompt: str, views: Sequence[str], sampling: Sampling
@@ -258,17 +269,32 @@ class Service:
         Raises:
             NotFound, ContextExceeded, Overloaded.
         """
-        resolved = [self.resolve(view) for view in views]
+        resolved = self._resolve_all(views)
         return [(r, self._engine.generate(r.composition, prompt, sampling)) for r in resolved]
 
     def probe(
         self, prompts: Sequence[str], views: Sequence[str], candidates: Sequence[str], top_k: int
     ) -> list[tuple[ResolvedView, list[ProbeResult]]]:
         """Probabilities and ranks of ``candidates`` after each prompt, per view."""
-        resolved = [self.resolve(view) for view in views]
+        resolved = self._resolve_all(views)
         return [
             (r, self._evaluator.probe(r.composition, prompts, candidates, top_k)) for r in resolved
         ]
+
+    def _resolve_all(self, views: Sequence[str]) -> list[ResolvedView]:
+        return [self.resolve(view, field=f"view[{i}]") for i, view in enumerate(views)]
+
+    def _verify(self, name: str, composition: Composition, recorded: Digest) -> None:
+        """Raises:
+        JournalError: the weights of a state aren't those the journal recorded.
+        """
+        found = self._views.state_hash(composition)
+        if found != recorded:
+            raise JournalError(
+                f"{name} should have state hash {recorded} but its deltas give {found}; nothing "
+                "was changed. The journal or a delta file was changed; 'palimpsest verify' tells "
+                "which."
+            )
 
     def describe_model(self) -> Mapping[str, Any]:
         """What is loaded, what edits it by default, and where the head stands."""
@@ -338,8 +364,11 @@ class Service:
                 "'keep': false measures and drops, which needs mode 'independent'.", field="keep"
             )
         self._editor.check(command.facts)
-        if command.sandbox is not None:
-            self.sandbox(command.sandbox)
+        if command.sandbox is not None and self._journal.sandbox(command.sandbox) is None:
+            raise NotFound(
+                f"There is no sandbox {command.sandbox!r}; GET /sandboxes lists them.",
+                field="sandbox",
+            )
         return self._enqueue(lambda: self._edit(command, plan))
 
     def revert(self, to: str) -> Future[Revision]:
@@ -348,7 +377,13 @@ class Service:
         Raises:
             NotFound: no such revision or checkpoint.
         """
-        target = self.resolve(to)
+        if to in ("live", "head"):
+            raise InvalidInput(
+                "The live model is there already; revert to a revision such as 'r3', a "
+                "checkpoint or 'base'.",
+                field="to",
+            )
+        target = self.resolve(to, field="to")
         if target.revision is None:
             raise InvalidInput(
                 f"{to!r} is a sandbox; promote it instead, or revert to a revision or checkpoint.",
@@ -372,7 +407,8 @@ class Service:
                 "'base', 'head' or a revision.",
                 field="name",
             )
-        target = self.resolve(revision) if revision else None
+        given = revision is not None and revision not in ("live", "head")
+        target = self.resolve(revision or "live", field="revision") if given else None
         if target is not None and target.revision is None:
             raise InvalidInput("A checkpoint names a revision, not a sandbox.", field="revision")
 
@@ -396,7 +432,7 @@ class Service:
 
     def create_sandbox(self, root: str = "base") -> Future[Sandbox]:
         """An empty sandbox on a revision or checkpoint (the base by default)."""
-        target = self.resolve(root)
+        target = self.resolve(root, field="root")
         if target.revision is None:
             raise InvalidInput(
                 "A sandbox's root is a revision or checkpoint, not another sandbox.", field="root"
@@ -418,14 +454,24 @@ class Service:
         """Put a sandbox's own deltas onto the live model, as one new revision.
 
         Raises:
-            NotFound. Conflict: the sandbox has no edits.
+            NotFound. Conflict: the sandbox has no edits, or the live model has them already.
         """
         self.sandbox(sandbox_id)
         return self._enqueue(lambda: self._promote(sandbox_id))
 
+    def stop_accepting(self) -> None:
+        """Refuse new writes and cancel the waiting ones; the one in progress ends."""
+        self._stopping.set()
+        self._writer.shutdown(wait=False, cancel_futures=True)
+
     def close(self) -> None:
-        """Let the edit in progress end, refuse the ones waiting, stop the engine."""
-        self._writer.shutdown(wait=True, cancel_futures=True)
+        """Let the edit in progress end, refuse the ones waiting, answer the reads that were
+        accepted, and stop. Later calls do nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self.stop_accepting()
+        self._writer.shutdown(wait=True)
         self._engine.close()
         self._journal.close()
 
@@ -604,7 +650,12 @@ class Service:
         sandbox = self.sandbox(sandbox_id)
         if not sandbox.deltas:
             raise Conflict(f"Sandbox {sandbox_id} has no edits to promote.")
-        composition = self._head.composition + sandbox.deltas
+        live = self._head.composition
+        if live[-len(sandbox.deltas) :] == sandbox.deltas:
+            raise Conflict(f"The live model already ends with the edits of {sandbox_id}.")
+        own = self._journal.composition(sandbox.root) + sandbox.deltas
+        self._verify(sandbox_id, own, sandbox.state_hash)
+        composition = live + sandbox.deltas
         revision = Revision(
             number=self.head.number + 1,
             parent=self.head.number,
@@ -617,12 +668,7 @@ class Service:
         return self._append(revision, composition)
 
     def _append(self, revision: Revision, composition: Composition) -> Revision:
-        found = self._views.state_hash(composition)
-        if found != revision.state_hash:
-            raise JournalError(
-                f"The weights to restore have state hash {found}, not {revision.state_hash} as "
-                "recorded; nothing was changed. A delta file may be damaged."
-            )
+        self._verify(f"The state for {revision.id}", composition, revision.state_hash)
         try:
             self._views.pin_live(composition)
             self._journal.append_revision(revision)

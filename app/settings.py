@@ -17,6 +17,7 @@ from app.errors import SettingsError
 
 ENVIRONMENT_PREFIX = "PALIMPSEST_"
 DATABASE_FILE = "journal.sqlite3"
+DELTA_FOLDER = "deltas"
 
 Count = Annotated[int, Field(ge=1)]
 

@@ -113,6 +113,10 @@ class FakeEngine:
         self._views = views
         self.closed = False
 
+    @property
+    def alive(self) -> bool:
+        return not self.closed
+
     def generate(
         self, composition: Composition, prompt: str, sampling: Sampling
     ) -> Future[Completion]:

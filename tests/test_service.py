@@ -29,6 +29,7 @@ from app.errors import (
     NotFound,
     Overloaded,
     PalimpsestError,
+    ShuttingDown,
     UnknownMethod,
 )
 from app.evaluation.evaluator import Evaluator
@@ -160,6 +161,57 @@ def test_a_sandbox_can_be_continued_and_promoted(bench: Bench) -> None:
     assert equal(bench.matrices(), bench.matrices(sandbox))
 
 
+def test_what_is_live_already_is_not_promoted_or_reverted_to(bench: Bench) -> None:
+    (sandbox,) = bench.edit(FACT, mode=Mode.INDEPENDENT).sandboxes
+    bench.service.promote(sandbox).result(30)
+    with pytest.raises(Conflict, match="already ends"):
+        bench.service.promote(sandbox).result(30)
+    with pytest.raises(InvalidInput, match="there already"):
+        bench.service.revert("live")
+
+
+def test_every_view_is_held_against_its_recorded_hash(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fold that gives other bytes than were recorded is noticed on any view."""
+    bench.edit(FACT)
+    (sandbox,) = bench.edit(FACT, mode=Mode.INDEPENDENT).sandboxes
+    bench.service.reset().result(30)
+    monkeypatch.setattr(bench.views, "state_hash", lambda _: "0" * 64)
+    for view in ("r1", sandbox):
+        with pytest.raises(JournalError, match="state hash"):
+            bench.service.resolve(view)
+    with pytest.raises(JournalError):
+        bench.service.promote(sandbox).result(30)
+
+
+def test_stopping_refuses_the_waiting_and_ends_the_one_in_progress(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+
+    started, release = threading.Event(), threading.Event()
+    propose = bench.editor.propose
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        started.set()
+        release.wait(30)
+        return propose(*arguments, **options)
+
+    monkeypatch.setattr(bench.editor, "propose", slow)
+    running = bench.service.submit_edit(EditCommand((FACT,), hparams=QUICK))
+    waiting = bench.service.submit_edit(EditCommand((OTHER,), hparams=QUICK))
+    assert started.wait(30)
+    assert bench.service.ready
+    bench.service.stop_accepting()
+    assert not bench.service.ready
+    assert waiting.cancelled()
+    with pytest.raises(ShuttingDown):
+        bench.service.reset()
+    release.set()
+    assert running.result(60).revision == 1
+
+
 def test_no_sandbox_is_seen_by_another_or_by_live(bench: Bench) -> None:
     sandboxes = [bench.service.create_sandbox("base").result(30).id for _ in range(3)]
     base = bench.matrices("base")
@@ -250,12 +302,17 @@ def test_an_edit_that_was_prepared_but_not_committed_never_happened(
     assert discarded.outcomes[0].fact == OTHER
 
 
-FAILURES = ["prepare_edit", "commit_edit"]
+FAILURES = [
+    ("store", "persist"),
+    ("journal", "prepare_edit"),
+    ("views", "state_hash"),
+    ("journal", "commit_edit"),
+]
 
 
-@pytest.mark.parametrize("step", FAILURES)
+@pytest.mark.parametrize(("part", "step"), FAILURES)
 def test_a_failing_commit_changes_nothing(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, step: str
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, part: str, step: str
 ) -> None:
     bench.edit(FACT)
     before, weights = bench.everything(), bench.matrices()
@@ -264,7 +321,7 @@ def test_a_failing_commit_changes_nothing(
         raise JournalError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench.journal, step, fail)
+        patch.setattr(getattr(bench, part), step, fail)
         with pytest.raises(JournalError, match="disk full"):
             bench.edit(OTHER)
     assert bench.everything() == before

@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from starlette.concurrency import run_in_threadpool
 
-from app.api.deps import ServiceDep
+from app.api.deps import ProbesDep, ServiceDep
 from app.api.problems import problem_responses
 from app.api.schemas import (
     CompletionOut,
@@ -50,15 +50,15 @@ async def generate(body: GenerateRequest, service: ServiceDep) -> Generation:
     summary="Probabilities, ranks and likely next tokens",
     responses=problem_responses(413, 415),
 )
-def probe(body: ProbeRequest, service: ServiceDep) -> Probe:
-    found = service.probe(body.prompts, body.views, body.candidates, body.top_k)
+async def probe(body: ProbeRequest, service: ServiceDep, probes: ProbesDep) -> Probe:
+    found = await probes.run(service.probe, body.prompts, body.views, body.candidates, body.top_k)
     return Probe(results=[ViewProbe.of(view, results) for view, results in found])
 
 
 async def complete(
     service: Service, prompt: str, views: Sequence[str], sampling: Sampling
 ) -> Generation:
-    """Every view's completion, from one batch; each on the state its view stood for."""
+    """Every view's completion, side by side; each on the state its view stood for."""
     started = await run_in_threadpool(service.generate, prompt, views, sampling)
     completions = await asyncio.gather(*(asyncio.wrap_future(future) for _, future in started))
     return Generation(

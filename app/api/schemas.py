@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Any, Generic, Self, TypeVar
 
@@ -23,6 +24,7 @@ from pydantic import (
 )
 
 from app.domain import (
+    SUBJECT_SLOT,
     Checkpoint,
     Completion,
     Edit,
@@ -46,6 +48,8 @@ MAX_FACTS = 1_000
 MAX_PROMPT = 32_768
 MAX_VIEWS = 16
 MAX_PROMPTS = 256
+MAX_PROBED = 4_096
+MIN_TEMPERATURE = 1e-3  # dividing logits by less overflows single precision
 MAX_HPARAM_DEPTH = 8
 CHECKPOINT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 PROBLEM_PREFIX = "urn:palimpsest:problem:"
@@ -78,6 +82,12 @@ def require_finite(value: Any, depth: int = 0) -> Any:
     inner: Iterable[Any] = value.values() if isinstance(value, dict) else ()
     for item in value if isinstance(value, list) else inner:
         require_finite(item, depth + 1)
+    return value
+
+
+def require_usable_temperature(value: float) -> float:
+    if 0 < value < MIN_TEMPERATURE:
+        raise ValueError(f"0 is greedy; otherwise give at least {MIN_TEMPERATURE}")
     return value
 
 
@@ -178,8 +188,9 @@ Probes = Annotated[
 
 
 class FactIn(Request):
-    """One thing the model should say from now on. EasyEdit's request format is accepted as
-    it is: ``target_new``, ``rephrase_prompt``, ``locality`` and ``portability``."""
+    """One thing the model should say from now on. ``{}`` stands for the subject in every
+    prompt. EasyEdit's request format is accepted as it is: ``target_new``,
+    ``rephrase_prompt``, ``locality`` and ``portability``."""
 
     model_config = ConfigDict(
         json_schema_extra=_accept_target_new,
@@ -221,18 +232,23 @@ class FactIn(Request):
             subject=self.subject,
             target=self.target,
             ground_truth=self.ground_truth,
-            rephrase_prompts=(*self.rephrase_prompts, *self.rephrase_prompt),
-            locality=_expectations(self.locality_prompts, self.locality),
-            portability=_expectations(self.portability_prompts, self.portability),
+            rephrase_prompts=tuple(
+                self._fill(prompt) for prompt in (*self.rephrase_prompts, *self.rephrase_prompt)
+            ),
+            locality=self._expectations(self.locality_prompts, self.locality),
+            portability=self._expectations(self.portability_prompts, self.portability),
         )
 
+    def _fill(self, prompt: str) -> str:
+        return prompt.replace(SUBJECT_SLOT, self.subject)
 
-def _expectations(
-    own: Iterable[ExpectationIn], columns: Mapping[str, list[EasyEditProbe]]
-) -> tuple[Expectation, ...]:
-    given = [item.to_domain() for item in own]
-    probes = [probe for column in columns.values() for probe in column]
-    return (*given, *(item for probe in probes for item in probe.to_domain()))
+    def _expectations(
+        self, own: Iterable[ExpectationIn], columns: Mapping[str, list[EasyEditProbe]]
+    ) -> tuple[Expectation, ...]:
+        given = [item.to_domain() for item in own]
+        probes = [probe for column in columns.values() for probe in column]
+        given += [item for probe in probes for item in probe.to_domain()]
+        return tuple(replace(item, prompt=self._fill(item.prompt)) for item in given)
 
 
 # Requests ----------------------------------------------------------------------------------
@@ -309,8 +325,10 @@ def _located(index: int, fact: FactIn) -> Fact:
 
 class SamplingFields(Request):
     max_new_tokens: int = Field(default=32, ge=1, le=1_024)
-    temperature: float = Field(default=0.0, ge=0.0, le=5.0, description="0 is greedy.")
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    temperature: Annotated[float, AfterValidator(require_usable_temperature)] = Field(
+        default=0.0, ge=0.0, le=5.0, description="0 is greedy; otherwise at least 0.001."
+    )
+    top_p: float = Field(default=1.0, ge=0.001, le=1.0)
     top_k: int = Field(default=0, ge=0, le=1_000_000, description="0 keeps every token.")
     seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
     stop: list[StopText] = Field(
@@ -355,7 +373,8 @@ class GenerateRequest(SamplingFields):
 
 
 class ProbeRequest(Request):
-    """Prompts × views × candidate continuations: what the model thinks, without sampling."""
+    """Prompts × views × candidate continuations (4,096 at most): what the model thinks,
+    without sampling."""
 
     model_config = ConfigDict(strict=True)
 
@@ -369,6 +388,17 @@ class ProbeRequest(Request):
         default_factory=lambda: ["live"], min_length=1, max_length=MAX_VIEWS
     )
     top_k: int = Field(default=5, ge=0, le=100, description="How many likely next tokens to list.")
+
+    @model_validator(mode="after")
+    def _bound(self) -> Self:
+        prompts, candidates, views = len(self.prompts), len(self.candidates), len(self.views)
+        asked = prompts * max(1, candidates) * views
+        if asked > MAX_PROBED:
+            raise ValueError(
+                f"{prompts} prompts × {candidates} candidates × {views} views are {asked:,} "
+                f"continuations to score; ask for at most {MAX_PROBED:,} at once"
+            )
+        return self
 
 
 class CheckpointRequest(Request):

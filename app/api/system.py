@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
+from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse
 
 from app.api.deps import ServiceDep
@@ -34,10 +35,12 @@ def list_methods(service: ServiceDep) -> Methods:
 
 
 @router.get("/livez", summary="Is the process alive?")
-def livez() -> Health:
+async def livez() -> Health:
     return Health(status="ok")
 
 
 @router.get("/readyz", summary="Can it answer?", responses=problem_responses(503))
-def readyz(service: ServiceDep) -> Health:
+async def readyz(service: ServiceDep) -> Health:
+    if not service.ready:
+        raise HTTPException(503, "The model can't be asked now; the server is stopping or failed.")
     return Health(status="ready", revision=service.head.id)

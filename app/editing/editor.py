@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -16,13 +17,17 @@ from app.editing.method import Method, Solution
 from app.editing.registry import METHODS, describe, find_method
 from app.editing.statistics import Statistics
 from app.editing.workbench import Workbench
-from app.errors import EditRejected, InvalidInput, PalimpsestError
-from app.weights.prompts import trace_prompt
+from app.errors import ContextExceeded, EditRejected, InvalidInput
+from app.weights.prompts import count_tokens
 from app.weights.views import ViewCache
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DEFAULT_METHOD = "rome"
 DEFAULT_DEPTH = 0.2  # GPT2-XL was edited at .35, GPT-J and Llama at .16 to .18 of the depth
 CONTEXT_SEED = 0
+ANSWER_ROOM = 8  # tokens an evaluation generates behind a prompt
 
 
 class Editor:
@@ -83,17 +88,22 @@ class Editor:
         return [describe(method, self.plan(name, {}).hparams) for name, method in METHODS.items()]
 
     def check(self, facts: Sequence[Fact]) -> None:
-        """Refuse facts that don't fit the context window, before any work is done.
+        """Refuse facts with a prompt that, with its answer behind it, doesn't fit the context
+        window, before any work is done.
 
         Raises:
-            ContextExceeded: names the fact.
+            ContextExceeded: names the fact and the prompt.
         """
         for index, fact in enumerate(facts):
-            try:
-                trace_prompt(self._loaded, fact.template, fact.subject, fact.target)
-            except PalimpsestError as error:
-                error.field = f"facts[{index}].prompt"
-                raise
+            for field, prompt, answer in _prompts_of(fact):
+                length = count_tokens(self._loaded, prompt, answer)
+                if length + ANSWER_ROOM > self._loaded.context_window:
+                    raise ContextExceeded(
+                        f"The prompt has {length} tokens with its answer; the model's context "
+                        f"window of {self._loaded.context_window} must also hold {ANSWER_ROOM} "
+                        "generated ones. Shorten it.",
+                        field=f"facts[{index}].{field}",
+                    )
 
     def propose(
         self,
@@ -119,8 +129,8 @@ class Editor:
             model=self._views.private(composition),
             sums=dict(self._views.sums(composition)),
             keys=self._past_keys(composition),
-            covariance=self._statistics.covariance,
-            null_space=self._statistics.null_space,
+            covariance=timed(self._statistics.covariance, timings),
+            null_space=timed(self._statistics.null_space, timings),
             contexts=self._context_templates,
             seed=seed,
             timings=timings,
@@ -146,7 +156,7 @@ class Editor:
                 raise EditRejected(
                     f"{method.name} would change {name} by {ratio:.2f} times its own norm "
                     f"(the bound is {self._max_relative_norm:g}); nothing was changed. "
-                    "Try a smaller clamp or another layer."
+                    "Try a smaller learning_rate, fewer steps or another layer."
                 )
         return Proposal(solution.delta.to_bytes(), solution.details)
 
@@ -183,3 +193,26 @@ class Editor:
         if key not in self._contexts:
             self._contexts[key] = generate_contexts(self._loaded, count, length, CONTEXT_SEED)
         return self._contexts[key]
+
+
+def _prompts_of(fact: Fact) -> Iterator[tuple[str, str, str]]:
+    """Every prompt of a fact as ``(field, text, answer)``."""
+    yield "prompt", fact.text, fact.target
+    for index, prompt in enumerate(fact.rephrase_prompts):
+        yield f"rephrase_prompts[{index}]", prompt, fact.target
+    for name, expectations in (("locality", fact.locality), ("portability", fact.portability)):
+        for index, expectation in enumerate(expectations):
+            yield f"{name}_prompts[{index}].prompt", expectation.prompt, expectation.answer or ""
+
+
+def timed(compute: Callable[P, R], timings: dict[str, float]) -> Callable[P, R]:
+    """The same function, its seconds added to ``timings["statistics_s"]``."""
+
+    def run(*arguments: P.args, **options: P.kwargs) -> R:
+        began = perf_counter()
+        try:
+            return compute(*arguments, **options)
+        finally:
+            timings["statistics_s"] = timings.get("statistics_s", 0.0) + perf_counter() - began
+
+    return run

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from itertools import pairwise
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -53,6 +54,13 @@ class LayersParameters(MethodParameters):
             "values are sought at the last.",
         ),
     ]
+
+    @field_validator("layers")
+    @classmethod
+    def _refuse_disorder(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if any(later <= earlier for earlier, later in pairwise(layers)):
+            raise ValueError("name each layer once, from lower to higher")
+        return layers
 
     @property
     def edited_layers(self) -> tuple[int, ...]:

@@ -45,8 +45,7 @@ class Rome(Method[RomeParameters]):
         self, bench: Workbench, facts: Sequence[Fact], params: RomeParameters
     ) -> list[Solution]:
         contexts = bench.contexts(params.contexts, params.context_length)
-        with bench.timing("statistics_s"):
-            covariance = bench.covariance(params.layer, params.ridge)
+        covariance = bench.covariance(params.layer, params.ridge)
         with bench.timing("keys_s"):
             keys = solve_keys(bench.model, bench.loaded, facts, params.layer, contexts)
         with bench.timing("values_s"):

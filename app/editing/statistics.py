@@ -15,11 +15,13 @@ from time import perf_counter
 
 import structlog
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from app.domain import Sampling
 from app.editing.contexts import opening_ids
+from app.errors import SettingsError
 from app.weights.decoding import Row, run_to_end
 from app.weights.fork import fork
 from app.weights.loading import LoadedModel
@@ -60,6 +62,8 @@ class Statistics:
         corpus: Path | None = None,
         tokens: int | None = None,
     ) -> None:
+        if corpus is not None:
+            _check_corpus(corpus)
         self._loaded = loaded
         self._folder = folder / loaded.identity.digest[:16]
         self._corpus = corpus
@@ -100,8 +104,9 @@ class Statistics:
         """``E[k kᵀ]`` ``(d_ff, d_ff)`` in fp32, from disk if it was computed before."""
         budget = self._budget(layer)
         path = self._folder / f"layer-{layer:03d}-{self._source(budget)}.safetensors"
-        if path.is_file():
-            return load_file(path)["second_moment"]
+        kept = _read_moment(path)
+        if kept is not None:
+            return kept
         began = perf_counter()
         log.info(
             "covariance: computing",
@@ -110,7 +115,7 @@ class Statistics:
             source=self._source(budget),
         )
         total, count = self._accumulate(layer, budget)
-        moment = (total / max(count, 1)).float()
+        moment = (total / count).float()
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         save_file({"second_moment": moment}, partial)
@@ -194,3 +199,29 @@ class Statistics:
             return f"self-{budget}"
         content = hashlib.sha256(self._corpus.read_bytes()).hexdigest()[:12]
         return f"corpus-{content}-{budget}"
+
+
+def _read_moment(path: Path) -> Tensor | None:
+    """A second moment kept on disk; ``None`` when there is none that can be read."""
+    if not path.is_file():
+        return None
+    try:
+        return load_file(path)["second_moment"]
+    except (SafetensorError, KeyError) as error:
+        log.warning("covariance: a stored file is damaged; computing anew", error=str(error))
+        return None
+
+
+def _check_corpus(corpus: Path) -> None:
+    """Raises:
+    SettingsError: the corpus can't be read as UTF-8 text, or has none.
+    """
+    try:
+        with corpus.open(encoding="utf-8") as lines:
+            if any(line.strip() for line in lines):
+                return
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"The corpus {corpus} can't be read as UTF-8 text: {error}.", field="corpus"
+        ) from error
+    raise SettingsError(f"The corpus {corpus} has no text.", field="corpus")

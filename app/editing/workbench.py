@@ -60,7 +60,7 @@ class Workbench:
         for name, change in delta.changes.items():
             base = anatomy.orient(self.loaded.model.get_parameter(name))
             total = self.sums.get(name)
-            total = base.float().mul(0).abs() if total is None else total.clone()
+            total = torch.zeros(base.shape, device=base.device) if total is None else total.clone()
             accumulate(total, change)
             self.sums[name] = total
             graft(

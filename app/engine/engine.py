@@ -1,4 +1,4 @@
-"""The engine: admit, step, deliver. One thread owns every forward pass that serves a reader.
+"""The engine: admit, step, deliver. One thread owns every forward pass that generates.
 
 Requests on one view that wait together become one batch; batches take turns token by token, so
 a long answer doesn't hold up a short one. A request keeps the view it was admitted with to its
@@ -90,6 +90,11 @@ class Engine:
             self._signal.notify()
         return request.future
 
+    @property
+    def alive(self) -> bool:
+        """Whether prompts are still being answered."""
+        return self._thread.is_alive() and not self._closing
+
     def describe(self) -> Mapping[str, Any]:
         """Load figures for ``GET /model``."""
         with self._signal:
@@ -126,10 +131,17 @@ class Engine:
         for requests in plan_batches(
             [r for r in admitted if not r.future.cancelled()], self._max_rows
         ):
-            model = requests[0].view.model
-            batch = RowBatch(model, self._views.loaded, [request.row for request in requests])
-            self._running.append(Running(batch, {id(r.row): r for r in requests}))
+            self._start(requests)
         return True
+
+    def _start(self, requests: Sequence[Request]) -> None:
+        try:
+            rows = [request.row for request in requests]
+            batch = RowBatch(requests[0].view.model, self._views.loaded, rows)
+        except Exception as error:
+            self._fail(requests, error)
+            return
+        self._running.append(Running(batch, {id(r.row): r for r in requests}))
 
     def _advance(self, running: Running) -> None:
         """One token for a batch; its failure is its own requests' alone."""
@@ -139,10 +151,7 @@ class Engine:
                 for row in running.batch.step():
                     self._deliver(running.requests.pop(id(row)))
         except Exception as error:
-            log.exception("a batch failed", rows=len(running.requests))
-            for request in running.requests.values():
-                if request.future.set_running_or_notify_cancel():
-                    request.future.set_exception(error)
+            self._fail(list(running.requests.values()), error)
             running.requests.clear()
         if not running.requests:
             self._running.remove(running)
@@ -155,6 +164,15 @@ class Engine:
                 del running.requests[id(request.row)]
 
     def _deliver(self, request: Request) -> None:
-        answer = complete(self._views.loaded, request.row)
-        if request.future.set_running_or_notify_cancel():
-            request.future.set_result(answer)
+        if not request.future.set_running_or_notify_cancel():
+            return
+        try:
+            request.future.set_result(complete(self._views.loaded, request.row))
+        except Exception as error:
+            request.future.set_exception(error)
+
+    def _fail(self, requests: Sequence[Request], error: Exception) -> None:
+        log.error("a batch failed", rows=len(requests), error=repr(error))
+        for request in requests:
+            if request.future.set_running_or_notify_cancel():
+                request.future.set_exception(error)

@@ -20,9 +20,12 @@ def first_clause(text: str) -> str:
 
 
 def says(text: str, target: str) -> bool:
-    """Whether a generated text begins with the target, as whole words, case kept."""
+    """Whether a generated text begins with the target, as whole words, case kept.
+
+    Nothing says an empty target.
+    """
     said, wanted = " ".join(text.split()), " ".join(target.split())
-    if not said.startswith(wanted):
+    if not wanted or not said.startswith(wanted):
         return False
     following = said[len(wanted) : len(wanted) + 1]
     return not (following.isalnum() and wanted[-1].isalnum())

@@ -10,6 +10,7 @@ from app.domain import (
     Assessment,
     CandidateScore,
     Composition,
+    Expectation,
     Fact,
     FactOutcome,
     ProbeResult,
@@ -52,13 +53,16 @@ class Evaluator:
     ) -> Assessment:
         """Compare ``before`` with the state each fact has afterwards (``after[i]``).
 
+        A locality prompt holds when the model says what it said before, right or wrong; a
+        portability prompt, when it says the expected answer (without one: what it said before).
+
         With ``full``, paraphrase, locality (the answer is the one before the edit) and
         portability prompts are generated too; otherwise only the facts' own prompts.
         """
         old = self._views.get(before).model
         pairs = [(fact.text, fact.target) for fact in facts]
         said_before = self._answers(old, pairs)
-        kept_before = self._answers(old, _locality_pairs(facts)) if full else []
+        side_before = self._answers(old, _side_pairs(facts)) if full else []
         outcomes: list[FactOutcome] = []
         tallies: list[_Tally] = []
         cursor = 0
@@ -70,9 +74,9 @@ class Evaluator:
                 _Tally([says(text, f.target)]) for text, f in zip(said_after, group, strict=True)
             ]
             if full:
-                kept = kept_before[: sum(len(fact.locality) for fact in group)]
-                kept_before = kept_before[len(kept) :]
-                self._fill(new, group, group_tallies, kept)
+                mine = side_before[: len(_side_pairs(group))]
+                side_before = side_before[len(mine) :]
+                self._fill(new, group, group_tallies, mine)
             for fact, text, score, tally in zip(
                 group, said_after, scores, group_tallies, strict=True
             ):
@@ -117,22 +121,17 @@ class Evaluator:
         model: LanguageModel,
         facts: Sequence[Fact],
         tallies: Sequence[_Tally],
-        kept_before: Sequence[str],
+        side_before: Sequence[str],
     ) -> None:
         """Generate paraphrase, locality and portability prompts of one state in one go."""
-        paraphrases = [(p, f.target) for f in facts for p in f.rephrase_prompts]
-        locality = _locality_pairs(facts)
-        portability = [(e.prompt, e.answer or "") for f in facts for e in f.portability]
-        answers = iter(self._answers(model, [*paraphrases, *locality, *portability]))
+        paraphrases = [(prompt, fact.target) for fact in facts for prompt in fact.rephrase_prompts]
+        answers = iter(self._answers(model, [*paraphrases, *_side_pairs(facts)]))
+        before = iter(side_before)
         for fact, tally in zip(facts, tallies, strict=True):
             tally.paraphrase = [says(next(answers), fact.target) for _ in fact.rephrase_prompts]
-        before = iter(kept_before)
         for fact, tally in zip(facts, tallies, strict=True):
-            tally.locality = [
-                first_clause(next(answers)) == first_clause(next(before)) for _ in fact.locality
-            ]
-        for fact, tally in zip(facts, tallies, strict=True):
-            tally.portability = [says(next(answers), e.answer or "") for e in fact.portability]
+            tally.locality = [_same(next(before), next(answers)) for _ in fact.locality]
+            tally.portability = [_follows(e, next(before), next(answers)) for e in fact.portability]
 
     def _answers(self, model: LanguageModel, pairs: Sequence[tuple[str, str]]) -> list[str]:
         """Greedy continuations, long enough to hold each pair's expected answer."""
@@ -147,8 +146,21 @@ class Evaluator:
         return decode_greedily(model, self._loaded, [prompt for prompt, _ in pairs], lengths)
 
 
-def _locality_pairs(facts: Sequence[Fact]) -> list[tuple[str, str]]:
-    return [(e.prompt, e.answer or "") for fact in facts for e in fact.locality]
+def _side_pairs(facts: Sequence[Fact]) -> list[tuple[str, str]]:
+    """Locality and portability prompts with their expected answers, fact by fact."""
+    return [
+        (expectation.prompt, expectation.answer or "")
+        for fact in facts
+        for expectation in (*fact.locality, *fact.portability)
+    ]
+
+
+def _follows(expectation: Expectation, before: str, after: str) -> bool:
+    return says(after, expectation.answer) if expectation.answer else _same(before, after)
+
+
+def _same(before: str, after: str) -> bool:
+    return first_clause(after) == first_clause(before)
 
 
 def _by_state(

@@ -105,7 +105,7 @@ def translate_errors(verb: str) -> Iterator[None]:
 def _connect(url: str) -> Engine:
     address = make_url(url)
     if address.get_backend_name() != "sqlite":
-        return create_engine(address, pool_pre_ping=True)
+        return create_engine(address, pool_pre_ping=True, hide_parameters=True)
     path = address.database or ":memory:"
     in_memory = path == ":memory:" or "mode=memory" in path or address.query.get("mode") == "memory"
     if in_memory:
@@ -117,7 +117,11 @@ def _connect(url: str) -> Engine:
         if not path.startswith("file:"):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(
-        address, poolclass=QueuePool, connect_args={"check_same_thread": False}, **options
+        address,
+        poolclass=QueuePool,
+        connect_args={"check_same_thread": False},
+        **options,
+        hide_parameters=True,
     )
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)

@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from app.domain import Completion, Sampling, TokenChoice
-from app.errors import ContextExceeded, InvalidInput
+from app.errors import Conflict, ContextExceeded, InvalidInput
 from app.weights.loading import LoadedModel
+
+COLDEST = 1e-6  # a temperature below this is as good as greedy, and 1/T must stay finite
 
 
 def encode_prompt(loaded: LoadedModel, prompt: str, room: int = 0) -> list[int]:
@@ -46,6 +48,7 @@ class Row:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
+    error: Exception | None = None
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
@@ -127,13 +130,24 @@ class RowBatch:
         """A token and its log-probability (the model's own, before temperature) per row."""
         logprobs = logits.log_softmax(dim=-1).cpu()
         greedy = logprobs.argmax(dim=-1).tolist()
-        chosen = [
-            sample_token(logprobs[index], row) if row.generator is not None else greedy[index]
-            for index, row in enumerate(self.rows)
-        ]
-        return [(token, float(logprobs[index, token])) for index, token in enumerate(chosen)]
+        chosen: list[tuple[int, float]] = []
+        for index, row in enumerate(self.rows):
+            token = greedy[index]
+            if not bool(logprobs[index].isfinite().any()):
+                row.error = Conflict(
+                    "This view's model gives no finite probabilities for the prompt; its edits "
+                    "have worn it out. Revert, or ask another view.",
+                    field="view",
+                )
+            elif row.generator is not None:
+                token = sample_token(logprobs[index], row)
+            chosen.append((token, float(logprobs[index, token])))
+        return chosen
 
     def _extend(self, row: Row, token: int, logprob: float) -> None:
+        if row.error is not None:
+            row.finish_reason = "error"
+            return
         if token in self._loaded.end_ids:
             row.finish_reason = "stop"
             return
@@ -159,7 +173,7 @@ class RowBatch:
 def sample_token(logprobs: Tensor, row: Row) -> int:
     """Draw a token from ``logprobs`` ``(vocabulary,)`` by the row's temperature, top-k, top-p."""
     sampling = row.sampling
-    scaled = (logprobs / sampling.temperature).softmax(dim=-1)
+    scaled = (logprobs.double() / max(sampling.temperature, COLDEST)).softmax(dim=-1)
     if not sampling.top_k and sampling.top_p >= 1:
         return int(torch.multinomial(scaled, 1, generator=row.generator))
     ordered, tokens = scaled.sort(descending=True)
@@ -167,7 +181,9 @@ def sample_token(logprobs: Tensor, row: Row) -> int:
         ordered[sampling.top_k :] = 0
     if sampling.top_p < 1:
         before = ordered.cumsum(dim=-1) - ordered
-        ordered[before >= sampling.top_p] = 0
+        beyond = before >= sampling.top_p
+        beyond[0] = False
+        ordered[beyond] = 0
     return int(tokens[torch.multinomial(ordered, 1, generator=row.generator)])
 
 
@@ -183,7 +199,14 @@ def continuation(loaded: LoadedModel, prompt_ids: Sequence[int], ids: Sequence[i
 
 
 def complete(loaded: LoadedModel, row: Row) -> Completion:
-    """A finished row as an answer: cut at the stop string, token by token."""
+    """A finished row as an answer. The text is cut at the stop string; ``tokens`` are all that
+    were generated, the one that completed the stop string included.
+
+    Raises:
+        Conflict: the view's model gives no probabilities any more.
+    """
+    if row.error is not None:
+        raise row.error
     texts: list[str] = []
     shown = ""
     for count in range(1, len(row.ids) + 1):

@@ -57,6 +57,11 @@ def join(prompt: str, target: str) -> str:
     return prompt + target if prompt[-1:].isspace() else f"{prompt} {target}"
 
 
+def count_tokens(loaded: LoadedModel, prompt: str, answer: str = "") -> int:
+    """Tokens of a prompt with an answer behind it."""
+    return len(_encode(loaded, join(prompt, answer) if answer else prompt))
+
+
 def target_length(loaded: LoadedModel, prompt: str, target: str) -> int:
     """How many tokens the target has behind the prompt."""
     return len(trace_prompt(loaded, prompt, None, target).target_ids)

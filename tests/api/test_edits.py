@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from app.api.deps import settle
+from app.api.schemas import EditRequest
+from app.errors import ShuttingDown
 from tests.api.conftest import fact
 from tests.fakes import FakeWorld
 
@@ -100,6 +104,30 @@ def test_rephrase_prompt_may_be_a_list_and_joins_our_own(client: TestClient) -> 
     assert outcome["locality_prompts"] == [{"prompt": "d", "answer": None}]
 
 
+def test_the_slot_is_the_subject_in_every_prompt(client: TestClient) -> None:
+    body = fact(
+        rephrase_prompts=["{}'s capital city is"],
+        rephrase_prompt=["Of {}, the capital is"],
+        locality_prompts=["{} is a country of", {"prompt": "{}'s president is", "answer": "X"}],
+        locality={"a": {"prompt": "{}'s flag is", "ground_truth": "Y"}},
+        portability_prompts=["In {} they speak"],
+        portability={"b": {"prompt": "The mayor of {}'s capital is"}},
+    )
+    answer = client.post("/edits", json={"facts": [body]})
+    assert answer.status_code == 201, answer.text
+    (outcome,) = answer.json()["facts"]
+    assert outcome["rephrase_prompts"] == ["France's capital city is", "Of France, the capital is"]
+    assert outcome["locality_prompts"] == [
+        {"prompt": "France is a country of", "answer": None},
+        {"prompt": "France's president is", "answer": "X"},
+        {"prompt": "France's flag is", "answer": "Y"},
+    ]
+    assert [item["prompt"] for item in outcome["portability_prompts"]] == [
+        "In France they speak",
+        "The mayor of France's capital is",
+    ]
+
+
 def test_the_ledger_lists_filters_and_pages(client: TestClient) -> None:
     made = [
         client.post("/edits", json={"method": method, "facts": [fact(target=target)]}).json()["id"]
@@ -135,12 +163,21 @@ def test_reads_go_on_while_an_edit_is_computed(client: TestClient, world: FakeWo
     assert answers[0].status_code == 201
 
 
+def test_an_edit_still_waiting_when_the_service_stops_is_told_so(world: FakeWorld) -> None:
+    world.editor.gate.clear()
+    command = EditRequest.model_validate({"facts": [fact()]}).to_domain()
+    first = world.service.submit_edit(command)
+    second = world.service.submit_edit(command)
+    assert world.editor.entered.wait(5)
+    world.service.stop_accepting()
+    with pytest.raises(ShuttingDown, match="changed nothing"):
+        asyncio.run(settle(second))
+    world.editor.gate.set()
+    assert first.result(5).revision == 1
+
+
 def test_an_accepted_edit_ends_though_its_caller_is_gone(world: FakeWorld) -> None:
     """Cancelling the request's task, as a server does at a hang-up, cancels no edit."""
-    import asyncio
-
-    from app.api.deps import settle
-    from app.api.schemas import EditRequest
 
     async def hang_up() -> None:
         world.editor.gate.clear()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from fastapi.testclient import TestClient
 
 from tests.api.conftest import fact
@@ -45,6 +46,26 @@ def test_a_checkpoint_is_a_view(client: TestClient) -> None:
         "start",
         "r0",
     )
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.001, "top_p": 0.001}])
+def test_the_smallest_sampling_parameters_are_taken(
+    client: TestClient, sampling: dict[str, float]
+) -> None:
+    assert client.post("/generate", json={"prompt": PROMPT, **sampling}).status_code == 200
+
+
+def test_a_temperature_too_small_is_told_what_would_do(client: TestClient) -> None:
+    problem = client.post("/generate", json={"prompt": PROMPT, "temperature": 1e-7}).json()
+    assert problem["detail"] == "temperature: 0 is greedy; otherwise give at least 0.001."
+
+
+def test_the_largest_probe_is_answered_and_a_larger_one_told_the_bound(client: TestClient) -> None:
+    body = {"prompts": [PROMPT] * 256, "views": ["live"] * 16, "candidates": ["Paris"]}
+    assert client.post("/probe", json=body).status_code == 200
+    refused = client.post("/probe", json={**body, "candidates": ["Paris", "Rome"]})
+    assert refused.status_code == 422
+    assert "8,192 continuations to score; ask for at most 4,096" in refused.json()["detail"]
 
 
 def test_probe_scores_candidates_under_every_view(client: TestClient) -> None:

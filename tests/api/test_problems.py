@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from fastapi.testclient import TestClient
 from httpx2 import Response
 
 from app import errors
 from app.api.problems import STATUS, status_of
-from app.main import create_app
+from app.main import configure_logging, create_app
 from tests.api.conftest import URL, fact, settings
 from tests.fakes import FakeWorld, build_world
 
@@ -148,7 +150,7 @@ def test_a_streamed_body_is_cut_off_at_the_limit(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("query", "status", "field"),
     [
-        ({"prompt": "a", "view": "nowhere"}, 404, "view"),
+        ({"prompt": "a", "view": "nowhere"}, 404, "view[0]"),
         ({"prompt": "a", "view": "r1"}, 404, None),
         ({"prompt": "a", "view": "r99999999999999999999999999"}, 404, None),
         ({"prompt": "a", "view": ["live"] * 17}, 422, "view"),
@@ -160,6 +162,9 @@ def test_a_streamed_body_is_cut_off_at_the_limit(client: TestClient) -> None:
         ({"prompt": "a", "max_new_tokens": "many"}, 422, "max_new_tokens"),
         ({"prompt": "a", "temperature": 5.1}, 422, "temperature"),
         ({"prompt": "a", "temperature": "nan"}, 422, "temperature"),
+        ({"prompt": "a", "temperature": 0.0009}, 422, "temperature"),
+        ({"prompt": "a", "temperature": 5e-324}, 422, "temperature"),
+        ({"prompt": "a", "top_p": 0.0009}, 422, "top_p"),
         ({"prompt": "a", "top_p": 0}, 422, "top_p"),
         ({"prompt": "a", "stop": ["x"] * 9}, 422, "stop"),
         ({"prompt": "a", "tempature": 1}, 422, "tempature"),
@@ -194,6 +199,8 @@ def test_a_bad_read_is_explained(
         ("POST", "/sandboxes", {"root": "nowhere"}, 404),
         ("POST", "/probe", {"prompts": ["a"], "views": ["nowhere"]}, 404),
         ("POST", "/probe", {"prompts": []}, 422),
+        ("POST", "/probe", {"prompts": ["a"] * 65, "candidates": ["b"] * 64}, 422),
+        ("POST", "/probe", {"prompts": ["a"] * 257}, 422),
         ("GET", "/edits?limit=0", None, 422),
         ("GET", "/edits?limit=201", None, 422),
         ("GET", "/edits?cursor=%00", None, 422),
@@ -242,6 +249,36 @@ def test_a_failure_inside_leaks_nothing_and_changes_nothing(
     problem = assert_problem(client.post("/edits", json={"facts": [fact()]}), 500)
     assert "secret" not in str(problem)
     assert snapshot(world, client) == before
+
+
+@pytest.mark.parametrize("as_json", [True, False], ids=["json", "console"])
+def test_the_log_of_a_failure_tells_no_key_and_no_prompt(
+    world: FakeWorld,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    as_json: bool,
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("the reason")
+
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.root.level)
+    monkeypatch.setattr(world.engine, "generate", fail)
+    world.editor.failure = RuntimeError("another reason")
+    configure_logging(as_json=as_json)
+    try:
+        app = create_app(world.service, settings(api_keys={"the-key": "admin"}))
+        headers = {"Authorization": "Bearer the-key"}
+        with TestClient(app, base_url=URL, headers=headers) as client:
+            assert_problem(client.post("/generate", json={"prompt": "my prompt"}), 500)
+            assert_problem(client.post("/edits", json={"facts": [fact(target="my target")]}), 500)
+    finally:
+        structlog.reset_defaults()
+    logged = capsys.readouterr().err
+    assert "the reason" in logged
+    assert "another reason" in logged
+    for secret in ("the-key", "my prompt", "my target", "France"):
+        assert secret not in logged
 
 
 def test_every_error_has_a_status() -> None:

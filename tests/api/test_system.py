@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import asyncio
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from anyio import to_thread
 from fastapi.testclient import TestClient
+from httpx2 import ASGITransport, AsyncClient
 
+from app.cli import serve
 from app.main import create_app
+from app.settings import Settings
 from tests.api.conftest import URL, fact, settings
 from tests.fakes import BASE, FakeWorld, build_world
 
@@ -37,6 +44,36 @@ def test_the_methods_are_listed_with_the_default(client: TestClient) -> None:
 def test_health(client: TestClient) -> None:
     assert client.get("/livez").json()["status"] == "ok"
     assert client.get("/readyz").json() == {"status": "ready", "revision": "r0"}
+
+
+def test_health_needs_no_thread(world: FakeWorld) -> None:
+    """A thread pool full of slow requests doesn't make a well server look dead."""
+    app = create_app(world.service, settings())
+
+    async def ask_with_every_thread_taken() -> list[int]:
+        threads = to_thread.current_default_thread_limiter()
+        for _ in range(int(threads.total_tokens)):
+            threads.acquire_on_behalf_of_nowait(object())
+        async with AsyncClient(transport=ASGITransport(app), base_url=URL) as client:
+            async with asyncio.timeout(5):
+                return [(await client.get(path)).status_code for path in ("/livez", "/readyz")]
+
+    assert asyncio.run(ask_with_every_thread_taken()) == [200, 200]
+
+
+@pytest.mark.parametrize("cause", ["stopping", "engine dead"])
+def test_a_service_that_cannot_answer_is_alive_but_not_ready(
+    client: TestClient, world: FakeWorld, cause: str
+) -> None:
+    if cause == "stopping":
+        world.service.stop_accepting()
+    else:
+        world.engine.closed = True
+    assert client.get("/livez").status_code == 200
+    answer = client.get("/readyz")
+    assert answer.status_code == 503
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["title"] == "Service Unavailable"
 
 
 def test_the_root_leads_to_the_documentation(client: TestClient) -> None:
@@ -70,6 +107,15 @@ def test_shutting_down_closes_the_service(world: FakeWorld, client: TestClient) 
 def test_importing_stays_light(module: str, absent: str) -> None:
     code = f"import sys, {module}; sys.exit({absent!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_readme_lists_every_setting_and_says_which_have_no_flag() -> None:
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    table = readme.partition("## Settings")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    listed = {name: "*" in row for row in rows for name in re.findall(r"`([A-Z_]+)`", row)}
+    flags = inspect.signature(serve).parameters
+    assert listed == {name.upper(): name not in flags for name in Settings.model_fields}
 
 
 def test_a_restart_answers_as_before(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from app.domain import Fact
+from app.domain import Expectation, Fact
 from app.editing.registry import METHODS
 from app.errors import ContextExceeded, EditRejected, InvalidInput, UnknownMethod
 from tests.editing.conftest import FACTS, MakeEditor
@@ -106,3 +106,30 @@ def test_methods_describe_themselves(make_editor: MakeEditor) -> None:
     assert set(described) == set(METHODS)
     assert described["rome"]["parameters"]["steps"]["minimum"] == 1
     assert all(method["paper"] for method in described.values())
+
+
+@pytest.mark.parametrize("layers", [[1, 1], [2, 1], []])
+def test_layers_are_named_once_and_in_order(make_editor: MakeEditor, layers: list[int]) -> None:
+    editor, _ = make_editor()
+    with pytest.raises(InvalidInput) as caught:
+        editor.plan("memit", {"layers": layers})
+    assert caught.value.field == "hparams.layers"
+
+
+@pytest.mark.parametrize(
+    ("field", "fact"),
+    [
+        ("rephrase_prompts[1]", Fact("{} is", "France", "x", rephrase_prompts=("a", "b " * 300))),
+        (
+            "portability_prompts[0].prompt",
+            Fact("{} is", "France", "x", portability=(Expectation("b " * 300, "c"),)),
+        ),
+    ],
+)
+def test_every_prompt_of_a_fact_must_fit_and_is_named(
+    make_editor: MakeEditor, field: str, fact: Fact
+) -> None:
+    editor, _ = make_editor()
+    with pytest.raises(ContextExceeded) as caught:
+        editor.check([fact])
+    assert caught.value.field == f"facts[0].{field}"

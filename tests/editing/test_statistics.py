@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from app.editing.statistics import Statistics
+from app.errors import SettingsError
 from tests.tiny import TinyModels
 
 
@@ -69,3 +70,21 @@ def test_each_source_and_model_has_statistics_of_its_own(tiny: TinyModels, tmp_p
     assert not torch.equal(sampled, read)
     other = Statistics(tiny.load("mistral"), folder=tmp_path, tokens=500)
     assert other._folder != statistics(tiny, tmp_path)._folder
+
+
+@pytest.mark.parametrize("content", [None, b"", b"  \n", b"\xff\xfe\xff"])
+def test_a_corpus_without_text_is_refused_at_once(
+    tiny: TinyModels, tmp_path: Path, content: bytes | None
+) -> None:
+    corpus = tmp_path / "corpus.txt"
+    if content is not None:
+        corpus.write_bytes(content)
+    with pytest.raises(SettingsError, match="corpus"):
+        statistics(tiny, tmp_path, corpus)
+
+
+def test_a_damaged_file_is_computed_anew(tiny: TinyModels, tmp_path: Path) -> None:
+    before = statistics(tiny, tmp_path)._second_moment(1)
+    (path,) = tmp_path.rglob("layer-001-*.safetensors")
+    path.write_bytes(b"")
+    assert torch.equal(statistics(tiny, tmp_path)._second_moment(1), before)

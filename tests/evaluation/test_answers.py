@@ -17,6 +17,7 @@ from app.evaluation.answers import first_clause, says
         (" in Rome", "Rome", False),
         (" C++ and", "C++", True),
         ("", "Rome", False),
+        (" Rome", "", False),
     ],
 )
 def test_a_text_says_a_target_when_it_begins_with_it_as_whole_words(

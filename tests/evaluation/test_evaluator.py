@@ -100,3 +100,17 @@ def test_a_probe_sees_the_target_rise(edited: tuple[ViewCache, list[str]]) -> No
     assert after.candidates[0].rank == 1
     assert len(after.top) == 3
     assert after.top[0].logprob >= after.top[1].logprob
+
+
+def test_locality_is_what_was_said_before_and_portability_the_expected_answer(
+    edited: tuple[ViewCache, list[str]],
+) -> None:
+    views, _ = edited
+    fact = replace(
+        FACT,
+        locality=(Expectation("Berlin lies in", "Tokyo"),),
+        portability=(Expectation("Berlin lies in"), Expectation("Berlin lies in", "Tokyo")),
+    )
+    metrics = Evaluator(views).assess([fact], (), [()], full=True).metrics
+    assert metrics["locality"] == 1
+    assert metrics["portability"] == 0.5

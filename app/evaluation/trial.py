@@ -1,0 +1,238 @@
+"""A trial: a method tried out on facts, on a model of its own, with the real editor."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from app.domain import Composition, Digest, Expectation, Fact, FactOutcome, Mode, Proposal
+from app.editing.editor import Editor
+from app.errors import EditRejected, InvalidInput, PalimpsestError
+from app.evaluation.evaluator import ANSWER_TOKENS, Evaluator
+from app.evaluation.report import Counts, TrialReport
+from app.weights.decoding import encode_prompt
+from app.weights.loading import LoadedModel
+from app.weights.prompts import target_length
+from app.weights.views import ViewCache
+
+Progress = Callable[[str, int, int], None]  # what is going on, how much is done, of how much
+
+BATCH_SIZES: Mapping[Mode, int] = {Mode.INDEPENDENT: 16, Mode.SEQUENTIAL: 1}
+MEASURED_AT_ONCE = 50  # facts between two signs of progress
+
+
+@dataclass(frozen=True, slots=True)
+class TrialSettings:
+    """``batch_size``: sequential, the facts written by one edit; independent, those computed
+    side by side, which changes no result (up to rounding). ``hparams`` go over the defaults."""
+
+    method: str | None = None
+    mode: Mode = Mode.INDEPENDENT
+    batch_size: int | None = None
+    hparams: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InvalidInput("The batch size must be 1 or more.", field="batch_size")
+
+    @property
+    def size(self) -> int:
+        return self.batch_size or BATCH_SIZES[self.mode]
+
+
+def run_trial(
+    loaded: LoadedModel,
+    facts: Sequence[Fact],
+    settings: TrialSettings,
+    *,
+    data: Path | None = None,
+    progress: Progress = lambda _what, _done, _of: None,
+) -> TrialReport:
+    """Write ``facts`` into the model as ``settings`` say, and measure what it says then.
+
+    Independent: each fact alone on the base, measured there. Sequential: batch upon batch, all
+    facts measured at the end. Statistics are kept in ``data``, by default in a folder that
+    lasts as long as the call.
+
+    Raises:
+        InvalidInput: no facts, a prompt too long, or hyperparameters the method doesn't take.
+    """
+    if not facts:
+        raise InvalidInput("There are no facts to evaluate.", field="facts")
+    with tempfile.TemporaryDirectory() as folder:
+        trial = _Trial(loaded, settings, data or Path(folder))
+        trial.check(facts)
+        if settings.mode is Mode.INDEPENDENT:
+            trial.edit_independently(facts, progress)
+        else:
+            trial.edit_in_sequence(facts, progress)
+        return trial.report()
+
+
+class _Trial:
+    """One base model, editor, views and evaluator; deltas in memory, dropped when measured."""
+
+    def __init__(self, loaded: LoadedModel, settings: TrialSettings, data: Path) -> None:
+        self._loaded = loaded
+        self._settings = settings
+        self._deltas: dict[Digest, bytes] = {}
+        # Each state is looked at once or twice in a row, so none needs to stay resident.
+        self._views = ViewCache(loaded, load_delta=self._deltas.__getitem__, budget_bytes=0)
+        self._editor = Editor(self._views, data=data)
+        self._evaluator = Evaluator(self._views)
+        self._plan = self._editor.plan(settings.method, settings.hparams)
+        self._outcomes: list[FactOutcome] = []
+        self._refused = 0
+        self._seconds = 0.0
+        self._statistics_seconds = 0.0
+
+    def check(self, facts: Sequence[Fact]) -> None:
+        """Refuse prompts that don't fit the context window, before any work is done."""
+        self._editor.check(facts)
+        for index, fact in enumerate(facts):
+            try:
+                for prompt, answer in _prompts(fact):
+                    room = target_length(self._loaded, prompt, answer) if answer else 0
+                    encode_prompt(self._loaded, prompt, max(ANSWER_TOKENS, room))
+            except PalimpsestError as error:
+                error.field = f"facts[{index}]"
+                raise
+
+    def edit_independently(self, facts: Sequence[Fact], progress: Progress) -> None:
+        """Each fact alone on the base."""
+        progress("edits, each alone", 0, len(facts))
+        for chunk in _chunks(facts, self._settings.size):
+            states = self._write((), chunk, independent=True)
+            self._measure(chunk, states)
+            self._deltas.clear()
+            progress("edits, each alone", len(self._outcomes), len(facts))
+
+    def edit_in_sequence(self, facts: Sequence[Fact], progress: Progress) -> None:
+        """Batch upon batch; what all of it left behind is measured at the end."""
+        state: Composition = ()
+        done = 0
+        progress("edits in sequence", 0, len(facts))
+        for batch in _chunks(facts, self._settings.size):
+            (state,) = self._write(state, batch, independent=False)
+            done += len(batch)
+            progress("edits in sequence", done, len(facts))
+        progress("measuring", 0, len(facts))
+        for chunk in _chunks(_apart(facts), MEASURED_AT_ONCE):
+            self._measure(chunk, [state] * len(chunk))
+            progress("measuring", len(self._outcomes), len(facts))
+
+    def report(self) -> TrialReport:
+        outcomes, settings = self._outcomes, self._settings
+        teacher_forced = [float(outcome.details["teacher_forced"]) for outcome in outcomes]
+        paraphrase, paraphrases = self._share("paraphrase")
+        locality, localities = self._share("locality")
+        portability, portabilities = self._share("portability")
+        return TrialReport(
+            model=self._loaded.identity.name,
+            method=self._plan.method,
+            hparams=self._plan.hparams,
+            mode=settings.mode,
+            batch_size=settings.size,
+            seed=settings.seed,
+            efficacy=sum(outcome.success for outcome in outcomes) / len(outcomes),
+            paraphrase=paraphrase,
+            locality=locality,
+            portability=portability,
+            efficacy_teacher_forced=sum(teacher_forced) / len(outcomes),
+            counts=Counts(len(outcomes), self._refused, paraphrases, localities, portabilities),
+            seconds_per_edit=self._seconds / len(outcomes),
+            statistics_seconds=self._statistics_seconds,
+        )
+
+    def _write(
+        self, state: Composition, facts: Sequence[Fact], *, independent: bool
+    ) -> list[Composition]:
+        """The states that follow ``state``: one for each fact, or one for all of them.
+
+        What the editor refuses leaves the state as it is. Facts on their own are refused on
+        their own; a batch in sequence is refused as a whole, as the server would.
+        """
+        try:
+            proposals = self._propose(state, facts, independent)
+        except EditRejected:
+            if not independent or len(facts) == 1:
+                self._refused += len(facts)
+                return [state]
+            half = len(facts) // 2
+            parts = (facts[:half], facts[half:])
+            return [after for part in parts for after in self._write(state, part, independent=True)]
+        states = []
+        for proposal in proposals:
+            digest = sha256(proposal.payload).hexdigest()
+            self._deltas[digest] = proposal.payload
+            states.append((*state, digest))
+        return states
+
+    def _propose(
+        self, state: Composition, facts: Sequence[Fact], independent: bool
+    ) -> list[Proposal]:
+        timings: dict[str, float] = {}
+        began = perf_counter()
+        try:
+            return self._editor.propose(
+                self._plan,
+                state,
+                facts,
+                independent=independent,
+                seed=self._settings.seed,
+                timings=timings,
+            )
+        finally:
+            statistics = timings.get("statistics_s", 0.0)
+            self._statistics_seconds += statistics
+            self._seconds += perf_counter() - began - statistics
+
+    def _measure(self, facts: Sequence[Fact], states: Sequence[Composition]) -> None:
+        assessment = self._evaluator.assess(facts, (), states, full=True)
+        self._outcomes.extend(assessment.outcomes)
+
+    def _share(self, name: str) -> tuple[float | None, int]:
+        """The share of hits among all facts' prompts of a kind, and how many prompts those are."""
+        counts = [_count(outcome.fact, name) for outcome in self._outcomes]
+        hits = [
+            round(float(outcome.details[name]) * count)
+            for outcome, count in zip(self._outcomes, counts, strict=True)
+            if count
+        ]
+        return (sum(hits) / sum(counts) if hits else None), sum(counts)
+
+
+def _count(fact: Fact, name: str) -> int:
+    kinds: Mapping[str, Sequence[str] | Sequence[Expectation]] = {
+        "paraphrase": fact.rephrase_prompts,
+        "locality": fact.locality,
+        "portability": fact.portability,
+    }
+    return len(kinds[name])
+
+
+def _prompts(fact: Fact) -> Iterator[tuple[str, str | None]]:
+    """Every prompt to be generated, with the answer it should have room for."""
+    yield fact.text, fact.target
+    yield from ((prompt, fact.target) for prompt in fact.rephrase_prompts)
+    yield from ((e.prompt, e.answer) for e in (*fact.locality, *fact.portability))
+
+
+def _chunks(facts: Sequence[Fact], size: int) -> Iterator[Sequence[Fact]]:
+    yield from (facts[start : start + size] for start in range(0, len(facts), size))
+
+
+def _apart(facts: Sequence[Fact]) -> list[Fact]:
+    """The facts without locality prompts that another of them edits word for word: in a
+    sequence those ought to change."""
+    edited = {text for fact in facts for text in (fact.text, *fact.rephrase_prompts)}
+    return [
+        replace(fact, locality=tuple(e for e in fact.locality if e.prompt not in edited))
+        for fact in facts
+    ]

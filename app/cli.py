@@ -456,6 +456,8 @@ def train_almanac(
 def check_almanac(
     model: Annotated[Path | None, typer.Option(help="Model folder to check.")] = None,
     edits: Annotated[int, typer.Option(min=1, help="Single edits to try.")] = 100,
+    sequential: Annotated[int, typer.Option(min=0, help="Edits in sequence to try.")] = 50,
+    method: Annotated[str | None, typer.Option(help="The model's default if left out.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure what the model knows and how well it takes edits; exit code 1 below the gate."""
@@ -463,11 +465,15 @@ def check_almanac(
 
     from app.almanac import MODEL_FOLDER
     from app.almanac.check import check
+    from app.main import configure_logging
 
+    configure_logging(as_json=False)
     with Console(stderr=True).status("checking") as status:
         found = check(
             model or MODEL_FOLDER,
             edits=edits,
+            sequential=sequential,
+            method=method,
             progress=lambda what, done, of: status.update(f"checking: {what} {done}/{of}"),
         )
     if as_json:

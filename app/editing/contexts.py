@@ -12,9 +12,7 @@ OPENINGS = ("The", "Therefore", "Because", "I", "You")
 def opening_ids(loaded: LoadedModel, opening: str = "") -> list[int]:
     """The token ids a text of the model's own starts from: what its tokenizer puts before
     every text, else the begin or end token, else the opening's first token."""
-    ids: list[int] = loaded.tokenizer(opening)["input_ids"]
-    if len(ids) > 1 and ids[-1] in loaded.end_ids:
-        ids = ids[:-1]
+    ids = loaded.encode(opening)
     start = loaded.tokenizer.bos_token_id
     if start is None:
         start = min(loaded.end_ids, default=0)

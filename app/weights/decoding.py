@@ -24,9 +24,7 @@ def encode_prompt(loaded: LoadedModel, prompt: str, room: int = 0) -> list[int]:
         InvalidInput: nothing to continue. ContextExceeded: prompt plus ``room`` new tokens
         don't fit the context window.
     """
-    ids: list[int] = loaded.tokenizer(prompt)["input_ids"]
-    if ids and ids[-1] in loaded.end_ids and len(ids) > 1:
-        ids = ids[:-1]  # some tokenizers close every text with the end token
+    ids = loaded.encode(prompt)
     if not ids:
         raise InvalidInput("The prompt is empty; give some text to continue.", field="prompt")
     if len(ids) + room > loaded.context_window:

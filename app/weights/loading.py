@@ -49,6 +49,12 @@ class LoadedModel:
     def context_window(self) -> int:
         return int(getattr(self.model.config, "max_position_embeddings", 2048))
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text to be continued: with whatever the tokenizer puts before every
+        text, without the end token some put behind it."""
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids[:-1] if len(ids) > 1 and ids[-1] in self.end_ids else ids
+
     @property
     def device(self) -> torch.device:
         return next(self.model.get_input_embeddings().parameters()).device

@@ -37,8 +37,8 @@ def trace_prompt(
     """
     before, _, after = template.partition(SUBJECT_SLOT) if subject else (template, "", "")
     prompt = f"{before}{subject or ''}{after}"
-    prompt_ids = _encode(loaded, prompt)
-    ids = prompt_ids if target is None else _encode(loaded, join(prompt, target))
+    prompt_ids = loaded.encode(prompt)
+    ids = prompt_ids if target is None else loaded.encode(join(prompt, target))
     prompt_length = _common_prefix(prompt_ids, ids) if target is not None else len(ids)
     if len(ids) > loaded.context_window:
         raise ContextExceeded(
@@ -59,7 +59,7 @@ def join(prompt: str, target: str) -> str:
 
 def count_tokens(loaded: LoadedModel, prompt: str, answer: str = "") -> int:
     """Tokens of a prompt with an answer behind it."""
-    return len(_encode(loaded, join(prompt, answer) if answer else prompt))
+    return len(loaded.encode(join(prompt, answer) if answer else prompt))
 
 
 def target_length(loaded: LoadedModel, prompt: str, target: str) -> int:
@@ -75,13 +75,6 @@ def pad_rows(
     ids = [list(row) + [pad_id] * (width - len(row)) for row in rows]
     mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def _encode(loaded: LoadedModel, text: str) -> list[int]:
-    ids: list[int] = loaded.tokenizer(text)["input_ids"]
-    if len(ids) > 1 and ids[-1] in loaded.end_ids:
-        ids = ids[:-1]
-    return ids
 
 
 def _token_at(loaded: LoadedModel, text: str, character: int) -> int:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import structlog
 from fastapi import FastAPI
@@ -27,6 +27,9 @@ from app.errors import SettingsError
 from app.journal.claim import Claim
 from app.service import Service
 from app.settings import DELTA_FOLDER, Settings
+
+if TYPE_CHECKING:
+    from app.weights.loading import LoadedModel
 
 log = structlog.get_logger(__name__)
 
@@ -188,6 +191,24 @@ def configure_logging(*, as_json: bool) -> None:
     )
 
 
+def load_configured_model(settings: Settings, report: Report) -> LoadedModel:
+    """The model the settings name, on the threads they allow."""
+    import torch
+
+    from app.almanac import MODEL_FOLDER
+    from app.weights.loading import load_model
+
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    report(f"loading {settings.model or 'the almanac'}")
+    return load_model(
+        settings.model or str(MODEL_FOLDER),
+        device=settings.device,
+        dtype=settings.dtype,
+        device_map=settings.device_map,
+    )
+
+
 def build_service(settings: Settings, progress: Report | None = None) -> OwningService:
     """Wire the real parts. ``progress`` is told each stage of the start.
 
@@ -196,25 +217,15 @@ def build_service(settings: Settings, progress: Report | None = None) -> OwningS
     """
     # Imported here only because torch and transformers take seconds to import, which neither
     # `palimpsest --help` nor the API's tests should wait for.
-    import torch
-
-    from app.almanac import MODEL_FOLDER
     from app.editing.editor import Editor
     from app.engine.engine import Engine
     from app.evaluation.evaluator import Evaluator
     from app.journal.journal import Journal
     from app.journal.store import DeltaStore
-    from app.weights.loading import load_model
     from app.weights.views import ViewCache
 
     report = progress or (lambda stage: log.info(stage))
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    name = settings.model or str(MODEL_FOLDER)
-    report(f"loading {settings.model or 'the almanac'}")
-    loaded = load_model(
-        name, device=settings.device, dtype=settings.dtype, device_map=settings.device_map
-    )
+    loaded = load_configured_model(settings, report)
     folder = settings.data_folder(loaded.identity)
     with ExitStack() as undo:
         lock = FolderLock(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,23 @@ def bench(make_bench: MakeBench) -> Bench:
     return make_bench()
 
 
+def hold_edits(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> tuple[threading.Event, threading.Event]:
+    """Edits stop in their computation: the first event says one has begun, the second lets it
+    go on."""
+    started, release = threading.Event(), threading.Event()
+    propose = bench.editor.propose
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        started.set()
+        release.wait(30)
+        return propose(*arguments, **options)
+
+    monkeypatch.setattr(bench.editor, "propose", slow)
+    return started, release
+
+
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -188,17 +206,7 @@ def test_every_view_is_held_against_its_recorded_hash(
 def test_stopping_refuses_the_waiting_and_ends_the_one_in_progress(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import threading
-
-    started, release = threading.Event(), threading.Event()
-    propose = bench.editor.propose
-
-    def slow(*arguments: Any, **options: Any) -> Any:
-        started.set()
-        release.wait(30)
-        return propose(*arguments, **options)
-
-    monkeypatch.setattr(bench.editor, "propose", slow)
+    started, release = hold_edits(bench, monkeypatch)
     running = bench.service.submit_edit(EditCommand((FACT,), hparams=QUICK))
     waiting = bench.service.submit_edit(EditCommand((OTHER,), hparams=QUICK))
     assert started.wait(30)
@@ -410,17 +418,7 @@ def test_reads_name_what_they_answered_from(bench: Bench) -> None:
 def test_reads_go_on_while_an_edit_is_computed(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import threading
-
-    started, release = threading.Event(), threading.Event()
-    propose = bench.editor.propose
-
-    def slow(*arguments: Any, **options: Any) -> Any:
-        started.set()
-        release.wait(30)
-        return propose(*arguments, **options)
-
-    monkeypatch.setattr(bench.editor, "propose", slow)
+    started, release = hold_edits(bench, monkeypatch)
     future = bench.service.submit_edit(EditCommand((FACT,), hparams=QUICK))
     assert started.wait(30)
     ((view, answer),) = bench.service.generate(FACT.text, ["live"], Sampling(5))
@@ -434,8 +432,6 @@ def test_reads_go_on_while_an_edit_is_computed(
 def test_edits_beyond_the_queue_are_told_to_come_back(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import threading
-
     release = threading.Event()
     restore = bench.service._restore
 

@@ -103,10 +103,8 @@ class SpreadMethod(Method[P]):
             with bench.timing("keys_s"):
                 found = solve_keys(bench.model, bench.loaded, facts, layer, contexts)
                 keys = found.mean(dim=1).T.double().cpu()
-            statistics_before = bench.timings.get("statistics_s", 0.0)
             with bench.timing("solve_s"):
                 right = self.solve_right(bench, layer, keys, params)
-            bench.timings["solve_s"] -= bench.timings.get("statistics_s", 0.0) - statistics_before
             change = LowRank(share.T.float().cpu().contiguous(), right.float().cpu())
             name = bench.loaded.anatomy.matrix_name(layer)
             parts.append(Delta({name: change}, keys={name: keys.float()}))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from math import inf, nan
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -133,3 +134,14 @@ def test_every_prompt_of_a_fact_must_fit_and_is_named(
     with pytest.raises(ContextExceeded) as caught:
         editor.check([fact])
     assert caught.value.field == f"facts[0].{field}"
+
+
+def test_timings_of_nested_parts_are_booked_once(make_editor: MakeEditor) -> None:
+    """The first edit's statistics are not also counted as solving."""
+    editor, _ = make_editor()
+    timings: dict[str, float] = {}
+    plan = editor.plan("emmet", {"layers": [1], "steps": 1})
+    began = perf_counter()
+    editor.propose(plan, (), FACTS[:1], independent=False, seed=0, timings=timings)
+    assert sum(timings.values()) <= perf_counter() - began
+    assert timings["statistics_s"] > timings["solve_s"] >= 0

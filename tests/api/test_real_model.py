@@ -21,6 +21,17 @@ def served(found: Settings) -> TestClient:
     return TestClient(create_app(build_service(found), found), base_url=URL)
 
 
+def logprobs(answer: dict[str, Any]) -> list[float]:
+    return [token["logprob"] for c in answer["completions"] for token in c["tokens"]]
+
+
+def without_logprobs(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {**c, "tokens": [(token["id"], token["text"]) for token in c["tokens"]]}
+        for c in answer["completions"]
+    ]
+
+
 def test_an_edited_model_restarts_as_it_was(tiny: TinyModels, tmp_path: Path) -> None:
     found = settings(model=str(tiny.folder("llama")), data=tmp_path, device="cpu")
     body: dict[str, Any] = {"method": "ft", "hparams": {"steps": 2}, "facts": [fact()]}
@@ -37,7 +48,10 @@ def test_an_edited_model_restarts_as_it_was(tiny: TinyModels, tmp_path: Path) ->
         probe = client.post("/probe", json={"prompts": ["a b"], "candidates": ["c"], "top_k": 2})
         assert len(probe.json()["results"][0]["prompts"][0]["top"]) == 2
     with served(found) as client:
-        assert client.get(SAID).json() == before
+        after = client.get(SAID).json()
+        # Which requests share a batch depends on their arrival, and the last bits on the batch.
+        assert logprobs(after) == pytest.approx(logprobs(before), abs=1e-5)
+        assert without_logprobs(after) == without_logprobs(before)
         assert client.get("/revisions/r1").json()["state_hash"] == edit.json()["state_hash"]
 
 

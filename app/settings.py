@@ -31,7 +31,8 @@ class Scope(StrEnum):
 
 
 class Settings(BaseSettings):
-    """Everything ``palimpsest serve`` can be told. ``api_keys`` maps a key to its scope."""
+    """Everything ``palimpsest serve`` can be told. ``api_keys`` maps a key to its scope;
+    ``corpus`` is a text file or ``hf:NAME[,CONFIG]:SPLIT[:COLUMN]``."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENVIRONMENT_PREFIX, env_file=".env", extra="ignore", env_ignore_empty=True
@@ -45,7 +46,7 @@ class Settings(BaseSettings):
 
     data: Path | None = None
     database_url: str | None = Field(default=None, repr=False)
-    corpus: Path | None = None
+    corpus: str | None = None
     statistics_tokens: Annotated[int, Field(ge=1_000)] | None = None
 
     host: str = "127.0.0.1"
@@ -67,6 +68,11 @@ class Settings(BaseSettings):
             if not key.isascii() or not key.isprintable() or not key or " " in key:
                 raise ValueError("a key is one or more printable ASCII characters, no spaces")
         return keys
+
+    @field_validator("corpus", mode="before")
+    @classmethod
+    def _write_path_out(cls, corpus: object) -> object:
+        return str(corpus) if isinstance(corpus, Path) else corpus
 
     @model_validator(mode="after")
     def _refuse_open_network(self) -> Self:

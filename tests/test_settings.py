@@ -98,3 +98,9 @@ def test_a_given_data_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     assert found.data_folder(BASE) == tmp_path / "here"
     assert found.journal_url(found.data_folder(BASE)).startswith(f"sqlite:///{tmp_path}/here/")
     assert load_settings(database_url="postgresql://db").journal_url(tmp_path) == "postgresql://db"
+
+
+@pytest.mark.parametrize("corpus", ["hf:org/name,part:train:text", "texts/corpus.txt"])
+def test_a_corpus_is_a_path_or_a_dataset_and_may_come_as_either_type(corpus: str) -> None:
+    assert load_settings(corpus=Path(corpus)).corpus == corpus
+    assert load_settings(corpus=corpus).corpus == corpus

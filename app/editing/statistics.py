@@ -1,46 +1,44 @@
 """The covariance of keys on ordinary text, ``C0 = E[k kᵀ]``: what an edit should leave alone.
 
-Ordinary text is sampled from the model itself unless a corpus file is given. A result is kept
-on disk per (model, layer, source) and its factorisation in memory, so it is paid for once.
+Ordinary text is sampled from the model itself unless a corpus is given. Second moments are kept
+on disk (``moments.py``), their factorisations in memory, so either is paid for once.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from typing import TypeVar
 
-import structlog
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from app.domain import Sampling
-from app.editing.contexts import opening_ids
-from app.errors import SettingsError
-from app.weights.decoding import Row, run_to_end
-from app.weights.fork import fork
+from app.editing.moments import Moments, Progress, no_progress
+from app.editing.passes import Passes, ReadPasses, SampledPasses
+from app.editing.texts import open_texts
+from app.weights.digest import tensor_digest
 from app.weights.loading import LoadedModel
-from app.weights.prompts import pad_rows
-from app.weights.tracing import StopForward, stopping, tracing_input
 
-log = structlog.get_logger(__name__)
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
-SAMPLE_LENGTH = 64
-SAMPLE_ROWS = 128
-KEPT_FACTORS = 4
+KEPT_FACTORS = 6  # the five layers of a MEMIT edit, and one more
 
 
 @dataclass(frozen=True, slots=True)
 class Covariance:
-    """``C0`` plus ridge, as its Cholesky factor in fp64. ``scale`` is the mean of C0's diagonal."""
+    """``C0`` plus ridge, as its Cholesky factor in fp64. ``scale`` is the mean of C0's diagonal.
+
+    ``identity`` names the statistics something was computed with: the first 16 hex digits of
+    sha256 over the second moment's digest and the ridge.
+    """
 
     factor: Tensor
     scale: float
+    identity: str = ""
 
     def matrix(self) -> Tensor:
         """``C0`` plus ridge ``(d_ff, d_ff)``."""
@@ -52,176 +50,75 @@ class Covariance:
 
 
 class Statistics:
-    """Covariances of one base model, computed at first need."""
+    """Covariances of one base model, computed at first need.
+
+    ``corpus`` is a UTF-8 file or ``hf:NAME[,CONFIG]:SPLIT[:COLUMN]``; without one the model
+    writes the text itself. ``tokens`` is how many to read, by default ten per key dimension.
+    """
 
     def __init__(
         self,
         loaded: LoadedModel,
         *,
         folder: Path,
-        corpus: Path | None = None,
+        corpus: Path | str | None = None,
         tokens: int | None = None,
+        progress: Progress = no_progress,
     ) -> None:
-        if corpus is not None:
-            _check_corpus(corpus)
-        self._loaded = loaded
+        """Raises SettingsError: the corpus can't be read as text, or has none."""
         self._folder = folder / loaded.identity.digest[:16]
-        self._corpus = corpus
-        self._tokens = tokens
+        self._moments = Moments(
+            loaded, _choose_passes(loaded, corpus), folder=self._folder, tokens=tokens
+        )
+        self._progress = progress
         self._factors: OrderedDict[tuple[int, float], Covariance] = OrderedDict()
         self._null_spaces: OrderedDict[tuple[int, float], Tensor] = OrderedDict()
 
+    def prepare(self, layers: Sequence[int], progress: Progress | None = None) -> None:
+        """Read ordinary text once for all of these layers, where they aren't known yet.
+
+        ``progress`` (by default the constructor's) hears ``("statistics", tokens, of)`` as the
+        text is read; what it raises breaks off, and a later call goes on from there.
+        """
+        self._moments.prepare(layers, progress or self._progress)
+
     def covariance(self, layer: int, ridge: float) -> Covariance:
         """The covariance of a layer's keys plus ``ridge`` times its mean diagonal."""
-        key = (layer, ridge)
-        found = self._factors.get(key)
-        if found is None:
-            moment = self._second_moment(layer).double()
-            scale = float(moment.diagonal().mean())
-            identity = torch.eye(len(moment), dtype=moment.dtype)
-            factor = torch.linalg.cholesky(moment + ridge * scale * identity)
-            found = Covariance(factor, scale)
-            self._factors[key] = found
-            while len(self._factors) > KEPT_FACTORS:
-                self._factors.popitem(last=False)
-        return found
+        return _recall(self._factors, (layer, ridge), lambda: self._factorise(layer, ridge))
 
     def null_space(self, layer: int, share: float) -> Tensor:
         """An orthonormal basis ``(d_ff, q)`` in fp64 of the directions that ordinary keys use
         least: together they hold at most ``share`` of the keys' energy."""
-        key = (layer, share)
-        found = self._null_spaces.get(key)
-        if found is None:
-            energies, directions = torch.linalg.eigh(self._second_moment(layer).double())
-            within = energies.clamp(min=0).cumsum(dim=0) <= share * float(energies.sum())
-            found = directions[:, : max(1, int(within.sum()))]
-            self._null_spaces[key] = found
-            while len(self._null_spaces) > KEPT_FACTORS:
-                self._null_spaces.popitem(last=False)
-        return found
+        return _recall(self._null_spaces, (layer, share), lambda: self._span_least(layer, share))
+
+    def _factorise(self, layer: int, ridge: float) -> Covariance:
+        kept = self._second_moment(layer)
+        identity = hashlib.sha256(tensor_digest(kept) + repr(float(ridge)).encode())
+        moment = kept.double()
+        scale = float(moment.diagonal().mean())
+        moment.diagonal().add_(ridge * scale)
+        return Covariance(torch.linalg.cholesky(moment), scale, identity.hexdigest()[:16])
+
+    def _span_least(self, layer: int, share: float) -> Tensor:
+        energies, directions = torch.linalg.eigh(self._second_moment(layer).double())
+        within = energies.clamp(min=0).cumsum(dim=0) <= share * float(energies.sum())
+        basis: Tensor = directions[:, : max(1, int(within.sum()))].clone()
+        return basis
 
     def _second_moment(self, layer: int) -> Tensor:
-        """``E[k kᵀ]`` ``(d_ff, d_ff)`` in fp32, from disk if it was computed before."""
-        budget = self._budget(layer)
-        path = self._folder / f"layer-{layer:03d}-{self._source(budget)}.safetensors"
-        kept = _read_moment(path)
-        if kept is not None:
-            return kept
-        began = perf_counter()
-        log.info(
-            "covariance: computing",
-            layer=layer,
-            tokens=budget,
-            source=self._source(budget),
-        )
-        total, count = self._accumulate(layer, budget)
-        moment = (total / count).float()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({"second_moment": moment}, partial)
-        partial.replace(path)
-        log.info(
-            "covariance: done",
-            layer=layer,
-            tokens=count,
-            seconds=perf_counter() - began,
-        )
-        return moment
-
-    def _accumulate(self, layer: int, budget: int) -> tuple[Tensor, int]:
-        """Sum of ``k kᵀ`` in fp64 and the number of keys, over about ``budget`` tokens."""
-        model = fork(self._loaded.model)
-        anatomy = self._loaded.anatomy
-        width = anatomy.shape(model, layer)[1]
-        total = torch.zeros(width, width, dtype=torch.float64)
-        count, reported = 0, 0
-        for rows in self._texts(budget):
-            ids, mask = pad_rows(rows, self._loaded.pad_id, self._loaded.device)
-            chosen = mask.bool()
-
-            def receive(keys: Tensor, chosen: Tensor = chosen) -> None:
-                flat = keys.reshape(*chosen.shape, -1)[chosen].float().cpu()
-                total.add_((flat.T @ flat).double())
-                raise StopForward
-
-            projection = anatomy.projection(model, layer)
-            with torch.no_grad(), stopping(), tracing_input(projection, receive):
-                model(input_ids=ids, attention_mask=mask)
-            count += int(mask.sum())
-            if count * 10 // budget > reported:
-                reported = count * 10 // budget
-                log.info("covariance: reading", layer=layer, tokens=count, of=budget)
-            if count >= budget:
-                break
-        return total, count
-
-    def _texts(self, budget: int) -> Iterator[Sequence[Sequence[int]]]:
-        """Batches of token rows: the corpus, or texts sampled from the base model."""
-        if self._corpus is None:
-            yield from self._sampled()
-            return
-        with self._corpus.open(encoding="utf-8") as lines:
-            batch: list[list[int]] = []
-            for line in lines:
-                if line.strip():
-                    ids: list[int] = self._loaded.tokenizer(line.strip())["input_ids"]
-                    batch.append(ids[: self._loaded.context_window])
-                if len(batch) == SAMPLE_ROWS:
-                    yield batch
-                    batch = []
-            if batch:
-                yield batch
-
-    def _sampled(self) -> Iterator[Sequence[Sequence[int]]]:
-        start = opening_ids(self._loaded)
-        length = min(SAMPLE_LENGTH, self._loaded.context_window - len(start))
-        seed = 0
-        while True:
-            rows = [
-                Row(
-                    start,
-                    Sampling(max_new_tokens=length, temperature=1.0, seed=seed + index),
-                )
-                for index in range(SAMPLE_ROWS)
-            ]
-            seed += SAMPLE_ROWS
-            run_to_end(self._loaded.model, self._loaded, rows)
-            yield [[*start, *row.ids] for row in rows]
-
-    def _budget(self, layer: int) -> int:
-        """Ten tokens per key dimension: enough for a covariance with a ridge."""
-        if self._tokens is not None:
-            return self._tokens
-        return 10 * self._loaded.anatomy.shape(self._loaded.model, layer)[1]
-
-    def _source(self, budget: int) -> str:
-        if self._corpus is None:
-            return f"self-{budget}"
-        content = hashlib.sha256(self._corpus.read_bytes()).hexdigest()[:12]
-        return f"corpus-{content}-{budget}"
+        """``E[k kᵀ]`` ``(d_ff, d_ff)`` in fp32."""
+        return self._moments.mean(layer, self._progress)
 
 
-def _read_moment(path: Path) -> Tensor | None:
-    """A second moment kept on disk; ``None`` when there is none that can be read."""
-    if not path.is_file():
-        return None
-    try:
-        return load_file(path)["second_moment"]
-    except (SafetensorError, KeyError) as error:
-        log.warning("covariance: a stored file is damaged; computing anew", error=str(error))
-        return None
+def _choose_passes(loaded: LoadedModel, corpus: Path | str | None) -> Passes:
+    return SampledPasses(loaded) if corpus is None else ReadPasses(loaded, open_texts(corpus))
 
 
-def _check_corpus(corpus: Path) -> None:
-    """Raises:
-    SettingsError: the corpus can't be read as UTF-8 text, or has none.
-    """
-    try:
-        with corpus.open(encoding="utf-8") as lines:
-            if any(line.strip() for line in lines):
-                return
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(
-            f"The corpus {corpus} can't be read as UTF-8 text: {error}.", field="corpus"
-        ) from error
-    raise SettingsError(f"The corpus {corpus} has no text.", field="corpus")
+def _recall(known: OrderedDict[K, T], key: K, compute: Callable[[], T]) -> T:
+    """What is known under ``key``, computed where it isn't; the last used are kept."""
+    if key not in known:
+        known[key] = compute()
+    known.move_to_end(key)
+    while len(known) > KEPT_FACTORS:
+        known.popitem(last=False)
+    return known[key]

@@ -83,6 +83,10 @@ class ValueParameters(Parameters):
     kl_weight: Annotated[NonNegative, Field(description="Weight of the essence KL.")] = 0.0625
     weight_decay: Annotated[NonNegative, Field(description="Weight of ‖δ‖/‖h‖².")] = 0.5
     stop_loss: Annotated[NonNegative, Field(description="Stop a fact at this total loss.")] = 0.05
+    stop_target: Annotated[
+        NonNegative,
+        Field(description="Stop a fact also once its target's loss alone is below this."),
+    ] = 0.0
     contexts: Annotated[
         int,
         Field(ge=0, le=64, description="Sampled prefixes a prompt is also read behind."),
@@ -95,3 +99,12 @@ class ValueParameters(Parameters):
             description="Prompts on the subject whose answers should stay.",
         ),
     ] = ("{} is a",)
+    self_essence: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=32,
+            description="Continuations of the subject, drawn from the unedited model, whose "
+            "predictions should stay, but for the answer that is edited.",
+        ),
+    ] = 0

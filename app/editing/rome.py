@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from app.domain import SUBJECT_SLOT, Fact
-from app.editing.keys import solve_keys
 from app.editing.method import Method, Solution
 from app.editing.parameters import LayerParameters, Positive, ValueParameters
 from app.editing.values import optimise_values
@@ -38,6 +38,7 @@ class Rome(Method[RomeParameters]):
     paper = "arXiv 2202.05262, arXiv 2403.07175"
     rank = "1 per fact"
     needs_statistics = True
+    batch = "one fact after another, each on the state the former made"
     sequential = "one fact after another; errors add up over many edits"
     parameters = RomeParameters
 
@@ -46,14 +47,13 @@ class Rome(Method[RomeParameters]):
     ) -> list[Solution]:
         contexts = bench.contexts(params.contexts, params.context_length)
         covariance = bench.covariance(params.layer, params.ridge)
-        with bench.timing("keys_s"):
-            keys = solve_keys(bench.model, bench.loaded, facts, params.layer, contexts)
         with bench.timing("values_s"):
             values = optimise_values(
                 bench.model, bench.loaded, facts, params.layer, contexts, params
             )
         with bench.timing("solve_s"):
-            averaged = keys.mean(dim=1)  # (facts, d_ff)
+            keys = torch.stack([value.keys for value in values])  # (facts, contexts, d_ff)
+            averaged = keys.mean(dim=1)
             directions = covariance.solve(averaged.T).T
             read = averaged if params.consistent_key else keys[:, contexts.index(SUBJECT_SLOT)]
             name = bench.loaded.anatomy.matrix_name(params.layer)

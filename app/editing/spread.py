@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from app.domain import Fact
-from app.editing.keys import read_hidden, solve_keys
+from app.editing.keys import read_hidden, read_keys_and_hidden, solve_keys
 from app.editing.method import Method, Solution
 from app.editing.parameters import LayersParameters, Positive, ValueParameters
 from app.editing.values import Value, optimise_values
@@ -51,6 +51,7 @@ class SpreadMethod(Method[P]):
 
     rank = "number of facts, per layer"
     needs_statistics = True
+    batch = "all facts in one solve per layer"
 
     @abstractmethod
     def solve_right(self, bench: Workbench, layer: int, keys: Tensor, params: P) -> Tensor:
@@ -59,8 +60,10 @@ class SpreadMethod(Method[P]):
     def solve_each(self, bench: Workbench, facts: Sequence[Fact], params: P) -> list[Solution]:
         contexts = bench.contexts(params.contexts, params.context_length)
         values = self._search(bench, facts, params, contexts)
+        # Only an edit of several layers moves its bench on.
+        moves = len(params.edited_layers) > 1
         return [
-            self._spread(bench.branch(), [fact], [value], params, contexts)
+            self._spread(bench.branch() if moves else bench, [fact], [value], params, contexts)
             for fact, value in zip(facts, values, strict=True)
         ]
 
@@ -92,17 +95,13 @@ class SpreadMethod(Method[P]):
         if bench.loaded.anatomy.architecture.norm_after_mlp:
             layers = layers[-1:]  # δ is in the projection's own space, which no other layer adds to
         wanted = torch.stack([value.delta for value in values])  # (n, d)
-        start = read_hidden(bench.model, bench.loaded, facts, layers[-1])
+        start = torch.stack([value.hidden for value in values])
         parts: list[Delta] = []
         for index, layer in enumerate(layers):
-            residual = wanted
-            if parts:
-                now = read_hidden(bench.model, bench.loaded, facts, layers[-1])
-                residual = wanted - (now - start)
-            share = residual if params.blue else residual / (len(layers) - index)
             with bench.timing("keys_s"):
-                found = solve_keys(bench.model, bench.loaded, facts, layer, contexts)
-                keys = found.mean(dim=1).T.double().cpu()
+                keys, now = self._observe(bench, facts, values, layers, index, contexts)
+            residual = wanted - (now - start)
+            share = residual if params.blue else residual / (len(layers) - index)
             with bench.timing("solve_s"):
                 right = self.solve_right(bench, layer, keys, params)
             change = LowRank(share.T.float().cpu().contiguous(), right.float().cpu())
@@ -118,6 +117,33 @@ class SpreadMethod(Method[P]):
             ),
             details,
         )
+
+    def _observe(
+        self,
+        bench: Workbench,
+        facts: Sequence[Fact],
+        values: Sequence[Value],
+        layers: Sequence[int],
+        index: int,
+        contexts: Sequence[str],
+    ) -> tuple[Tensor, Tensor]:
+        """Keys ``(d_ff, n)`` in fp64 of ``layers[index]``, and the last layer's output ``(n, d)``
+        at the subjects, in the state the earlier layers left. What the search saw is not read
+        again."""
+        layer, last = layers[index], layers[-1]
+        model, loaded = bench.model, bench.loaded
+        if index == 0:
+            now = torch.stack([value.hidden for value in values])
+            if layer == last:
+                found = torch.stack([value.keys for value in values])
+            else:
+                found = solve_keys(model, loaded, facts, layer, contexts)
+        elif layer == last:
+            found, now = read_keys_and_hidden(model, loaded, facts, layer, contexts)
+        else:
+            found = solve_keys(model, loaded, facts, layer, contexts)
+            now = read_hidden(model, loaded, facts, last)
+        return found.mean(dim=1).T.double().cpu(), now
 
 
 def regularised_right(solved: Tensor, keys: Tensor, ridge: float = 1.0) -> Tensor:

@@ -1,7 +1,8 @@
 """Values: the change of the projection's output that makes the model say the target.
 
-All facts of a batch are optimised together. Each has its own loss, clamp and stop, and leaves
+The facts of a batch are optimised together. Each has its own loss, clamp and stop, and leaves
 the batch once it is done, so a fact's value is the one it would get alone (up to rounding).
+Each step runs only what a value can reach: the layers behind it, from the subject on.
 """
 
 from __future__ import annotations
@@ -9,39 +10,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import structlog
 import torch
 from torch import Tensor
 
-from app.domain import SUBJECT_SLOT, Fact
+from app.domain import Fact
+from app.editing.keys import solve_keys
 from app.editing.parameters import ValueParameters
-from app.weights.head import hidden_states, logits_of
+from app.editing.sayings import sample_sayings
+from app.editing.targets import FactRows, all_rows, gather_spots, span_of, trace_facts
+from app.weights.footprint import activation_budget, pack
+from app.weights.head import logits_of
 from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
-from app.weights.prompts import TracedPrompt, pad_rows, trace_prompt
-from app.weights.tracing import changing_output
+from app.weights.suffix import SuffixPass, why_whole
 
-ROWS_PER_BATCH = 192
+log = structlog.get_logger(__name__)
+
+TOLERANCE = {torch.float32: 1e-3}  # between suffix and whole passes, of the logits' spread
+COARSE_TOLERANCE = 0.1  # the same in half precision
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """``delta`` ``(d,)`` in fp32, the target's loss (nats per token) with it, steps taken."""
+    """``delta`` ``(d,)`` in fp32, the target's loss (nats per token) with it, steps taken.
+
+    Seen on the way, in fp32: ``keys`` ``(facts · contexts, d_ff)`` as ``solve_keys`` gives them
+    at the same layer, and ``hidden`` ``(d,)``, the layer's output at the first context's subject
+    (the projection's own where a norm stands between it and the residual stream).
+    """
 
     delta: Tensor
     loss: float
     steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Token rows of several facts: target rows first, essence rows behind them."""
-
-    ids: Tensor
-    mask: Tensor
-    subjects: Tensor
-    owner: Tensor  # (rows,) index of the fact
-    spots: Tensor  # (spots, 2) row and position whose next-token prediction counts
-    wanted: Tensor  # (spots,) the target token there, or -1 at an essence prompt
+    keys: Tensor
+    hidden: Tensor
 
 
 def optimise_values(
@@ -52,18 +55,65 @@ def optimise_values(
     contexts: Sequence[str],
     settings: ValueParameters,
 ) -> list[Value]:
-    """The value change of each fact on ``model``, in the order given.
+    """The value change of each fact on ``model``, in the order given."""
+    return optimise_together(model, loaded, [[fact] for fact in facts], layer, contexts, settings)
+
+
+def optimise_together(
+    model: LanguageModel,
+    loaded: LoadedModel,
+    subjects: Sequence[Sequence[Fact]],
+    layer: int,
+    contexts: Sequence[str],
+    settings: ValueParameters,
+) -> list[Value]:
+    """One value change for each subject's facts on ``model``, in the order given.
+
+    Subjects are taken in batches whose activations fit a budget, so memory doesn't grow with
+    their number.
 
     Source: ROME (Meng et al. 2022, arXiv 2202.05262), equation 4, with the essence term on
     several prompts and steps relative to the hidden state.
     """
-    rows_each = len(contexts) + len(settings.essence)
-    size = max(1, ROWS_PER_BATCH // rows_each)
-    values: list[Value] = []
-    for start in range(0, len(facts), size):
-        search = _Search(model, loaded, facts[start : start + size], layer, contexts, settings)
-        values.extend(search.run())
-    return values
+    names = [facts[0].subject for facts in subjects]
+    sayings = sample_sayings(loaded, names, settings.self_essence)
+    traced = [
+        trace_facts(loaded, facts, contexts, settings.essence, said)
+        for facts, said in zip(subjects, sayings, strict=True)
+    ]
+    batches = pack(
+        [rows.workload for rows in traced],
+        model,
+        loaded.anatomy,
+        max(1, loaded.anatomy.depth - layer - 1),
+        activation_budget(loaded.device),
+    )
+    values: dict[int, Value] = {}
+    whole = why_whole(model.config)
+    if whole is not None:
+        log.warning("value search: whole passes", layer=layer, reason=whole)
+    for batch in batches:
+        search = _Search(model, loaded, [traced[i] for i in batch], layer, settings, whole)
+        values.update(zip(batch, search.run(), strict=True))
+        whole = search.whole
+    return [
+        _with_own_keys(model, loaded, facts, layer, contexts, values[index])
+        if traced[index].splits_subject
+        else values[index]
+        for index, facts in enumerate(subjects)
+    ]
+
+
+def _with_own_keys(
+    model: LanguageModel,
+    loaded: LoadedModel,
+    facts: Sequence[Fact],
+    layer: int,
+    contexts: Sequence[str],
+    value: Value,
+) -> Value:
+    keys = solve_keys(model, loaded, facts, layer, contexts).flatten(0, 1)
+    return Value(value.delta, value.loss, value.steps, keys, value.hidden)
 
 
 class _Search:
@@ -73,161 +123,171 @@ class _Search:
         self,
         model: LanguageModel,
         loaded: LoadedModel,
-        facts: Sequence[Fact],
+        facts: Sequence[FactRows],
         layer: int,
-        contexts: Sequence[str],
         settings: ValueParameters,
+        whole: str | None,
     ) -> None:
+        self.whole = whole
         self._model = model
-        self._loaded = loaded
         self._layer = layer
         self._settings = settings
+        device = loaded.device
+        self._spots, self._owners = gather_spots(facts, device)
+        self._pass = SuffixPass(
+            model,
+            loaded.anatomy,
+            layer,
+            [span_of(row) for _, row in all_rows(facts)],
+            pad_id=loaded.pad_id,
+            device=device,
+            whole=whole is not None,
+        )
         self._count = len(facts)
-        self._traced = [
-            (
-                [
-                    trace_prompt(
-                        loaded,
-                        context.replace(SUBJECT_SLOT, fact.template, 1),
-                        fact.subject,
-                        fact.target,
-                    )
-                    for context in contexts
-                ],
-                [trace_prompt(loaded, essence, fact.subject) for essence in settings.essence],
-            )
-            for fact in facts
-        ]
+        counts = [len(fact.targets) for fact in facts]
+        bare = [sum(counts[:index]) for index in range(self._count)]
+        self._hidden = self._pass.outputs[bare]
+        self._keys = torch.split(self._pass.keys[: sum(counts)], counts)
+        with torch.no_grad():
+            self._unchanged = self._logprobs(self._pass.unchanged)
+        if settings.self_essence:
+            self._leave_out_answers()
+        self._norms = self._hidden.norm(dim=1).clamp(min=1e-6)
+        # Several facts ask for a longer way, about as the square root of their number.
+        number = torch.tensor([float(fact.facts) for fact in facts], device=device)
+        self._unit = (self._norms * (number / self._hidden.shape[1]).sqrt())[:, None]
+        self._adam = _Adam(self._hidden.shape, settings.learning_rate, device)
 
     def run(self) -> list[Value]:
-        settings = self._settings
-        everyone = list(range(self._count))
-        rows = self._gather(everyone)
-        width = self._loaded.anatomy.shape(self._model, self._layer)[0]
-        zero = torch.zeros(self._count, width, device=self._loaded.device)
-        norms = self._reference_norms(rows)
-        with torch.no_grad():
-            base_logprobs = self._logprobs(rows, zero)[rows.wanted < 0]
-        unit = (norms / width**0.5)[:, None]
-        z = zero.clone().requires_grad_(True)
-        optimiser = torch.optim.Adam([z], lr=settings.learning_rate)
-        best: list[Value | None] = [None] * self._count
-        active = everyone
-        for step in range(settings.steps + 1):
-            deltas = unit * z
-            nll, kl = self._losses(rows, active, deltas, base_logprobs)
-            chosen = torch.tensor(active, device=z.device)
-            decay = settings.weight_decay * deltas[chosen].norm(dim=1) / norms[chosen] ** 2
-            totals = nll + settings.kl_weight * kl + decay
-            done = (totals.detach() < settings.stop_loss).tolist()
-            stays: list[int] = []
+        keys, hidden = self._keys, self._hidden
+        found: dict[int, Value] = {}
+        active = list(range(self._count))
+        for step in range(self._settings.steps + 1):
+            last = step == self._settings.steps
+            z = self._adam.z.detach().requires_grad_(not last)
+            deltas = self._unit * z
+            nll, totals = self._losses(deltas, check=step == 0)
+            losses = nll.tolist()
+            done = [True] * len(active) if last else self._are_done(nll, totals)
             for place, fact in enumerate(active):
-                if done[place] or step == settings.steps:
-                    loss = float(nll[place].detach())
-                    best[fact] = Value(deltas[fact].detach().clone(), loss, step)
-                else:
-                    stays.append(place)
+                if done[place]:
+                    delta = deltas[place].detach().clone()
+                    found[fact] = Value(delta, losses[place], step, keys[fact], hidden[fact])
+            stays = [place for place in range(len(active)) if not done[place]]
             if not stays:
                 break
-            optimiser.zero_grad()
-            totals[stays].sum().backward()
-            optimiser.step()
-            self._clamp(z, unit, norms)
+            (gradient,) = torch.autograd.grad(totals.sum(), z)
+            self._adam.step(gradient)
+            self._clamp()
             if len(stays) < len(active):
-                kept = [active[place] for place in stays]
-                base_logprobs = self._keep_essence(rows, kept, base_logprobs)
-                active = kept
-                rows = self._gather(active)
-        return [value for value in best if value is not None]
+                self._keep(stays)
+                active = [active[place] for place in stays]
+        return [found[fact] for fact in range(self._count)]
 
-    def _clamp(self, z: Tensor, unit: Tensor, norms: Tensor) -> None:
-        with torch.no_grad():
-            sizes = (unit * z).norm(dim=1)
-            bound = self._settings.clamp * norms
-            z.mul_((bound / sizes.clamp(min=1e-12)).clamp(max=1)[:, None])
+    def _are_done(self, nll: Tensor, totals: Tensor) -> list[bool]:
+        settings = self._settings
+        done: list[bool] = ((totals < settings.stop_loss) | (nll < settings.stop_target)).tolist()
+        return done
 
-    def _losses(
-        self, rows: _Rows, active: Sequence[int], deltas: Tensor, base_logprobs: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _leave_out_answers(self) -> None:
+        """Ask no essence row to keep the answer that is to change: leave out the predictions at
+        which the unedited model would begin the answer it gives to one of the subject's facts."""
+        spots = self._spots
+        said = self._unchanged.argmax(dim=-1).tolist()
+        owners, rows = spots.owner.tolist(), spots.row.tolist()
+        answers = {
+            (owners[place], said[place])
+            for place in range(spots.targets)
+            if place == 0 or rows[place] != rows[place - 1]
+        }
+        dropped = [
+            place
+            for place in range(spots.targets, len(said))
+            if (owners[place], said[place]) in answers
+        ]
+        if dropped:
+            self._spots = spots.drop(dropped)
+            kept = sorted(set(range(len(said))) - set(dropped))
+            self._unchanged = self._unchanged[kept]
+
+    def _losses(self, deltas: Tensor, *, check: bool) -> tuple[Tensor, Tensor]:
         """Per active fact: mean negative log-likelihood of the target over contexts and
-        tokens, and mean KL from the unedited model over the essence prompts."""
-        logprobs = self._logprobs(rows, deltas)
-        place = {fact: index for index, fact in enumerate(active)}
-        owners = torch.tensor(
-            [place[int(fact)] for fact in rows.owner[rows.spots[:, 0]]],
-            device=deltas.device,
-        )
-        targets = rows.wanted >= 0
-        gold = logprobs[targets].gather(1, rows.wanted[targets][:, None])[:, 0]
-        nll = _mean_by_owner(-gold, owners[targets], len(active))
-        now = logprobs[~targets]
-        divergence = (base_logprobs.exp() * (base_logprobs - now)).sum(dim=1)
-        return nll, _mean_by_owner(divergence, owners[~targets], len(active))
+        tokens, and the loss that is minimised, with the mean KL from the unedited model over
+        the essence prompts and the decay."""
+        settings, spots = self._settings, self._spots
+        logprobs = self._logprobs(self._pass.run(deltas.index_select(0, self._owners)))
+        if check:
+            logprobs = self._check(logprobs, deltas)
+        gold = logprobs[: spots.targets].gather(1, spots.wanted[:, None])[:, 0]
+        base = self._unchanged
+        divergence = (base.exp() * (base - logprobs[spots.targets :])).sum(dim=1)
+        count = len(deltas)
+        nll = _mean_by_owner(-gold, spots.owner[: spots.targets], count)
+        kl = _mean_by_owner(divergence, spots.owner[spots.targets :], count)
+        decay = deltas.norm(dim=1) / self._norms**2
+        return nll, nll + settings.kl_weight * kl + settings.weight_decay * decay
 
-    def _logprobs(self, rows: _Rows, deltas: Tensor) -> Tensor:
-        """Next-token log-probabilities ``(spots, vocabulary)`` with each row's delta added to
-        the projection's output at its subject."""
-        index = torch.arange(len(rows.ids), device=rows.ids.device)
+    def _check(self, logprobs: Tensor, deltas: Tensor) -> Tensor:
+        """Compare the first step, where nothing is changed yet, with the whole pass; turn to
+        whole passes if they differ. Of the whole pass's predictions only the essence prompts'
+        are kept."""
+        expected = self._unchanged
+        self._unchanged = expected[self._spots.targets :].clone()
+        tolerance = TOLERANCE.get(self._model.dtype, COARSE_TOLERANCE)
+        error = float((logprobs.detach() - expected).std() / expected.std())
+        if self.whole is not None or error <= tolerance:
+            return logprobs
+        self.whole = f"suffix passes differ by {error:.1e} of the logits' spread"
+        log.warning("value search: whole passes", layer=self._layer, reason=self.whole)
+        self._pass.run_whole()
+        return self._logprobs(self._pass.run(deltas.index_select(0, self._owners)))
 
-        def add(output: Tensor) -> Tensor:
-            moved = output.reshape(*rows.ids.shape, -1).clone()  # OPT flattens rows and tokens
-            moved[index, rows.subjects] += deltas[rows.owner].to(output.dtype)
-            return moved.reshape(output.shape)
-
-        projection = self._loaded.anatomy.projection(self._model, self._layer)
-        with changing_output(projection, add):
-            hidden = hidden_states(self._model, rows.ids, rows.mask)
-        at_spots = hidden[rows.spots[:, 0], rows.spots[:, 1]]
+    def _logprobs(self, hidden: Tensor) -> Tensor:
+        """Next-token log-probabilities ``(spots, vocabulary)``."""
+        places = self._spots.row * hidden.shape[1] + self._spots.column
+        at_spots = hidden.flatten(0, 1).index_select(0, places)
         return logits_of(self._model, at_spots).log_softmax(dim=-1)
 
-    def _reference_norms(self, rows: _Rows) -> Tensor:
-        """``‖h‖`` ``(facts,)`` at the subject of the bare prompt: the layer's output, or the
-        projection's own where a norm stands between it and the residual stream."""
-        anatomy = self._loaded.anatomy
-        find = anatomy.projection if anatomy.architecture.norm_after_mlp else anatomy.layer
-        first = [int((rows.owner == fact).nonzero()[0]) for fact in range(self._count)]
-        found: list[Tensor] = []
+    def _clamp(self) -> None:
+        sizes = (self._unit * self._adam.z).norm(dim=1)
+        bound = self._settings.clamp * self._norms
+        self._adam.z.mul_((bound / sizes.clamp(min=1e-12)).clamp(max=1)[:, None])
 
-        def receive(output: Tensor) -> Tensor:
-            hidden = output.reshape(*rows.ids.shape, -1)
-            found.append(hidden[first, rows.subjects[first]].float().norm(dim=-1))
-            return output
+    def _keep(self, places: Sequence[int]) -> None:
+        """Go on with these facts only."""
+        chosen = torch.tensor(places, device=self._owners.device)
+        numbers = torch.full((len(self._norms),), -1, device=chosen.device)
+        numbers[chosen] = torch.arange(len(places), device=chosen.device)
+        rows = numbers[self._owners] >= 0
+        self._pass.keep(rows.nonzero()[:, 0])
+        targets = self._spots.targets
+        self._spots, kept = self._spots.keep(rows, numbers)
+        self._unchanged = self._unchanged[kept[targets:]]
+        self._owners = numbers[self._owners[rows]]
+        self._norms, self._unit = self._norms[chosen], self._unit[chosen]
+        self._adam.keep(chosen)
 
-        with torch.no_grad(), changing_output(find(self._model, self._layer), receive):
-            hidden_states(self._model, rows.ids, rows.mask)
-        return found[0].clamp(min=1e-6)
 
-    def _keep_essence(self, rows: _Rows, kept: Sequence[int], base_logprobs: Tensor) -> Tensor:
-        """The essence predictions of the facts that stay, in the order ``_gather`` gives."""
-        owners = rows.owner[rows.spots[rows.wanted < 0][:, 0]]
-        wanted = torch.isin(owners, torch.tensor(list(kept), device=owners.device))
-        return base_logprobs[wanted]
+class _Adam:
+    """Adam (Kingma and Ba 2015, arXiv 1412.6980) on ``z`` ``(facts, d)``, whose rows may leave."""
 
-    def _gather(self, active: Sequence[int]) -> _Rows:
-        """The rows of the active facts as tensors."""
-        targets = [(fact, row) for fact in active for row in self._traced[fact][0]]
-        essence = [(fact, row) for fact in active for row in self._traced[fact][1]]
-        everything: list[tuple[int, TracedPrompt]] = targets + essence
-        device = self._loaded.device
-        ids, mask = pad_rows([row.ids for _, row in everything], self._loaded.pad_id, device)
-        spots: list[tuple[int, int]] = []
-        wanted: list[int] = []
-        for index, (_, row) in enumerate(everything):
-            if index >= len(targets):
-                spots.append((index, len(row.ids) - 1))
-                wanted.append(-1)
-                continue
-            for offset, token in enumerate(row.target_ids):
-                spots.append((index, row.prompt_length - 1 + offset))
-                wanted.append(token)
-        return _Rows(
-            ids,
-            mask,
-            subjects=torch.tensor([row.subject for _, row in everything], device=device),
-            owner=torch.tensor([fact for fact, _ in everything], device=device),
-            spots=torch.tensor(spots, device=device),
-            wanted=torch.tensor(wanted, device=device),
-        )
+    def __init__(self, shape: Sequence[int], rate: float, device: torch.device) -> None:
+        self.z = torch.zeros(*shape, device=device)
+        self._mean = torch.zeros_like(self.z)
+        self._square = torch.zeros_like(self.z)
+        self._rate = rate
+        self._steps = 0
+
+    def step(self, gradient: Tensor, beta: float = 0.9, gamma: float = 0.999) -> None:
+        self._steps += 1
+        self._mean.lerp_(gradient, 1 - beta)
+        self._square.mul_(gamma).addcmul_(gradient, gradient, value=1 - gamma)
+        scale = self._square.sqrt().div_((1 - gamma**self._steps) ** 0.5).add_(1e-8)
+        self.z.addcdiv_(self._mean, scale, value=-self._rate / (1 - beta**self._steps))
+
+    def keep(self, rows: Tensor) -> None:
+        self.z, self._mean = self.z[rows], self._mean[rows]
+        self._square = self._square[rows]
 
 
 def _mean_by_owner(values: Tensor, owners: Tensor, count: int) -> Tensor:

@@ -22,8 +22,9 @@ def stopping() -> Iterator[None]:
     """Run a forward pass that ends early at the traced module."""
     try:
         yield
-    except StopForward:
-        return
+    except StopForward as stop:
+        # Its traceback would keep the pass's activations until the next garbage collection.
+        stop.__traceback__ = None
 
 
 @contextmanager

@@ -1,0 +1,88 @@
+"""How much memory differentiable passes take, so that batches are sized before they run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from app.weights.architectures import Anatomy
+
+BUDGET = 192 << 20  # on a CPU more buys no speed: a few hundred tokens fill its matrix products
+ACCELERATOR_BUDGET = 4 << 30
+HIDDEN_COPIES, INNER_COPIES = 12, 5  # activations autograd keeps per layer: of width d, of d_ff
+LOGIT_COPIES = 4  # logits, their log-softmax, and the gradients of both; all fp32
+
+
+def activation_budget(device: torch.device) -> int:
+    """Bytes that one batch's activations may take."""
+    return BUDGET if device.type == "cpu" else ACCELERATOR_BUDGET
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What one item of a batch asks for: ``rows`` of ``prefix`` tokens that are only attended
+    to and ``suffix`` tokens that are run, and ``spots`` whose logits are wanted."""
+
+    rows: int
+    prefix: int
+    suffix: int
+    spots: int
+
+
+def pack(
+    workloads: Sequence[Workload],
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    layers: int,
+    budget: int,
+) -> list[list[int]]:
+    """Indices of the items in batches within the budget (one item at least), items of like
+    suffix together, so that little is padded; ``layers`` are run again and again."""
+    sizes = _Sizes.of(model, anatomy, layers)
+    order = sorted(range(len(workloads)), key=lambda i: (workloads[i].suffix, workloads[i].prefix))
+    batches: list[list[int]] = []
+    whole: Workload | None = None
+    for index in order:
+        joined = _join(whole, workloads[index])
+        if whole is None or sizes.bytes_of(joined) > budget:
+            batches.append([])
+            joined = workloads[index]
+        batches[-1].append(index)
+        whole = joined
+    return batches
+
+
+def _join(batch: Workload | None, item: Workload) -> Workload:
+    if batch is None:
+        return item
+    return Workload(
+        batch.rows + item.rows,
+        max(batch.prefix, item.prefix),
+        max(batch.suffix, item.suffix),
+        batch.spots + item.spots,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    layers: int
+    hidden: int
+    inner: int
+    vocabulary: int
+    width: int  # bytes per number
+
+    @staticmethod
+    def of(model: PreTrainedModel, anatomy: Anatomy, layers: int) -> _Sizes:
+        hidden, inner = anatomy.shape(model, 0)
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        return _Sizes(layers, hidden, inner, vocabulary, model.dtype.itemsize)
+
+    def bytes_of(self, batch: Workload) -> int:
+        run = batch.suffix * (HIDDEN_COPIES * self.hidden + INNER_COPIES * self.inner)
+        attended = batch.prefix * 4 * self.hidden  # keys and values, kept and joined
+        once = (batch.prefix + batch.suffix) * (4 * self.hidden + 2 * self.inner)
+        logits = batch.spots * self.vocabulary * 4 * LOGIT_COPIES
+        return batch.rows * self.width * (self.layers * (run + attended) + once) + logits

@@ -1,0 +1,1 @@
+"""Measurements anyone can repeat: speed against the published procedure, edits in sequence."""

@@ -1,0 +1,265 @@
+"""Seconds per edit, memory and quality of a method; with ``--against reference``, the ratio.
+
+python benchmarks/edit_speed.py --model DIR --requests FILE --method memit --n 50 \
+    --mode batch --batch-size 50 --steps 20 --no-early-stop --threads 1 --against reference
+
+FILE holds EasyEdit's requests (or any format ``palimpsest evaluate`` reads). One JSON line is
+printed. One edit runs before the clock starts, so that statistics and contexts, which are paid
+for once per model, are not in ``s_per_edit``; ``s_statistics`` says what they took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.domain import Composition, EditPlan, Fact
+from app.editing.editor import Editor
+from app.evaluation.datasets import read_facts
+from app.evaluation.evaluator import Evaluator
+from app.main import configure_logging
+from app.weights.loading import LoadedModel, load_model
+from app.weights.views import ViewCache
+from benchmarks.flops import matmul_rate, smallest_flops
+from benchmarks.reference import PlainEditor
+
+MODES = ("independent", "sequential", "batch")
+
+
+@dataclass(slots=True)
+class Run:
+    """What one side did: seconds by the clock and of CPU time (which tells less on a GPU, and
+    more on a machine that others use), and how far each fact's search went."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    steps: list[int] = field(default_factory=list)
+    states: list[Composition] = field(default_factory=list)
+
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        began, cpu = perf_counter(), process_time()
+        yield
+        self.seconds += perf_counter() - began
+        self.cpu_seconds += process_time() - cpu
+
+
+class Bench:
+    """A model, its editor and a plan; deltas in memory."""
+
+    def __init__(self, loaded: LoadedModel, chosen: argparse.Namespace, data: Path) -> None:
+        self.loaded = loaded
+        self._deltas: dict[str, bytes] = {}
+        self._views = ViewCache(loaded, load_delta=self._deltas.__getitem__, budget_bytes=0)
+        self._editor = Editor(self._views, data=data, statistics_tokens=chosen.statistics_tokens)
+        self.plan = self._editor.plan(chosen.method, read_hparams(self._editor, chosen))
+        self._mode, self._size = chosen.mode, chosen.batch_size
+        self._reference_contexts = chosen.reference_contexts
+
+    def warm(self, facts: Sequence[Fact]) -> float:
+        """Edit one fact, forget it; the seconds its statistics took."""
+        timings: dict[str, float] = {}
+        self._editor.propose(self.plan, (), facts, independent=True, seed=0, timings=timings)
+        return timings["statistics_s"]
+
+    def edit(self, facts: Sequence[Fact]) -> Run:
+        """Write the facts as the mode says, on the clock."""
+        run = Run()
+        state: Composition = ()
+        for batch in batches_of(facts, self._size):
+            with run.timing():
+                proposals = self._editor.propose(
+                    self.plan,
+                    state if self._mode == "sequential" else (),
+                    batch,
+                    independent=self._mode == "independent",
+                    seed=0,
+                    timings={},
+                )
+            for proposal in proposals:
+                digest = sha256(proposal.payload).hexdigest()
+                self._deltas[digest] = proposal.payload
+                state = (*state, digest) if self._mode == "sequential" else (digest,)
+                run.states += [state] * (1 if self._mode == "independent" else len(batch))
+                run.steps += [int(detail["steps"]) for detail in proposal.details]
+        if self._mode == "sequential":
+            run.states = [state] * len(facts)
+        return run
+
+    def quality(self, facts: Sequence[Fact], run: Run) -> dict[str, float | None]:
+        """Efficacy, paraphrase and locality by greedy generation, after all edits."""
+        assessment = Evaluator(self._views).assess(facts, (), run.states, full=True)
+        return {
+            "efficacy": sum(o.success for o in assessment.outcomes) / len(facts),
+            "paraphrase": assessment.metrics.get("paraphrase"),
+            "locality": assessment.metrics.get("locality"),
+        }
+
+    def contexts(self, count: int | None = None) -> tuple[str, ...]:
+        """The templates prompts are read in; those of the plan if ``count`` is left out."""
+        hparams = self.plan.hparams
+        number = hparams["contexts"] if count is None else count
+        return self._editor._context_templates(number, hparams["context_length"])
+
+    def plain(self) -> PlainEditor:
+        """The reference on a private copy of the base, with this editor's statistics."""
+        hparams, statistics = self.plan.hparams, self._editor._statistics
+
+        def projector(layer: int) -> Tensor:
+            basis = statistics.null_space(layer, hparams["null_share"])
+            return basis @ basis.T
+
+        return PlainEditor(
+            model=self._views.private(()),
+            loaded=self.loaded,
+            method=self.plan.method,
+            hparams=hparams,
+            contexts=self.contexts(self._reference_contexts),
+            covariance=lambda layer: statistics.covariance(layer, hparams["ridge"]).matrix(),
+            projector=projector,
+        )
+
+    def edit_plainly(self, facts: Sequence[Fact]) -> Run:
+        """The same facts by the reference, on the clock."""
+        run = Run()
+        editor = self.plain()
+        for batch in batches_of(facts, 1 if self._mode == "independent" else self._size):
+            with run.timing():
+                editor.edit(batch)
+            if self._mode != "sequential":
+                editor = self.plain()
+        return run
+
+
+def read_hparams(editor: Editor, chosen: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of the method's hyperparameters."""
+    hparams = dict(json.loads(chosen.hparams))
+    fields = editor.plan(chosen.method, {}).hparams
+    if chosen.steps is not None:
+        hparams["steps"] = chosen.steps
+    if chosen.no_early_stop:
+        hparams["stop_loss"] = 0.0
+    if chosen.contexts is not None:
+        hparams["contexts"] = chosen.contexts
+    if chosen.layers is not None:
+        layers = [int(layer) for layer in chosen.layers.split(",")]
+        hparams |= {"layers": layers} if "layers" in fields else {"layer": layers[-1]}
+    return hparams
+
+
+def batches_of(facts: Sequence[Fact], size: int) -> Iterator[list[Fact]]:
+    """The facts in runs of ``size``."""
+    rest = iter(facts)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def peak_megabytes(device: torch.device) -> float:
+    """Most memory this process has held: resident on a CPU, allocated on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
+
+
+def layers_of(plan: EditPlan) -> list[int]:
+    hparams = plan.hparams
+    return list(hparams["layers"]) if "layers" in hparams else [hparams["layer"]]
+
+
+def measure(chosen: argparse.Namespace, data: Path) -> dict[str, Any]:
+    """Run the benchmark; everything the line reports."""
+    torch.set_num_threads(chosen.threads)
+    loaded = load_model(chosen.model, device=chosen.device, dtype=chosen.dtype)
+    facts = read_facts(Path(chosen.requests), chosen.n)
+    bench = Bench(loaded, chosen, data)
+    report: dict[str, Any] = {
+        "model": loaded.identity.name,
+        "method": bench.plan.method,
+        "layers": layers_of(bench.plan),
+        "n": len(facts),
+        "mode": chosen.mode,
+        "batch_size": chosen.batch_size,
+        "contexts": bench.plan.hparams["contexts"],
+        "threads": chosen.threads,
+        "device": str(loaded.device),
+        "dtype": loaded.identity.dtype,
+        "s_statistics": bench.warm(facts[:1]),
+    }
+    run = bench.edit(facts)
+    per_edit = run.seconds / len(facts)
+    flops = smallest_flops(loaded, bench.contexts(), bench.plan, facts, run.steps)
+    bound = flops / len(facts) / matmul_rate(loaded)
+    report |= {
+        "s_total": run.seconds,
+        "s_per_edit": per_edit,
+        "s_cpu_per_edit": run.cpu_seconds / len(facts),
+        "steps_mean": sum(run.steps) / len(run.steps),
+        "rss_peak_mb": peak_megabytes(loaded.device),
+        "smallest_gflops_per_edit": flops / len(facts) / 1e9,
+        "s_bound_per_edit": bound,
+        "times_the_bound": per_edit / bound,
+    }
+    if chosen.against == "reference":
+        compared = facts[: chosen.reference_n or len(facts)]
+        plain = bench.edit_plainly(compared)
+        report |= {
+            "s_per_edit_reference": plain.seconds / len(compared),
+            "s_cpu_per_edit_reference": plain.cpu_seconds / len(compared),
+            "ratio": plain.seconds / len(compared) / per_edit,
+            "ratio_cpu": plain.cpu_seconds / len(compared) / (run.cpu_seconds / len(facts)),
+        }
+    return report | ({} if chosen.no_quality else bench.quality(facts, run))
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", required=True, help="model folder or hub id")
+    parser.add_argument("--requests", required=True, help="JSON file of facts")
+    parser.add_argument("--method", default="memit")
+    parser.add_argument("--n", type=int, default=50, help="facts to edit")
+    parser.add_argument("--mode", choices=MODES, default="batch")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--steps", type=int, help="most steps per value")
+    parser.add_argument("--no-early-stop", action="store_true", help="take all steps")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--contexts", type=int, help="sampled prefixes per fact")
+    parser.add_argument("--layers", help="comma-separated; the method's default if left out")
+    parser.add_argument("--hparams", default="{}", help="JSON object, over the defaults")
+    parser.add_argument("--against", choices=["reference"])
+    parser.add_argument("--reference-n", type=int, help="facts the reference is timed on")
+    parser.add_argument("--reference-contexts", type=int, help="prefixes the reference takes")
+    parser.add_argument("--no-quality", action="store_true", help="don't generate answers")
+    parser.add_argument("--statistics-tokens", type=int)
+    parser.add_argument("--data", type=Path, help="folder to keep statistics in")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    chosen = parse()
+    configure_logging(as_json=False)  # to stderr: the line alone is on stdout
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with tempfile.TemporaryDirectory() as folder:
+        report = measure(chosen, chosen.data or Path(folder))
+    sys.stdout.write(json.dumps(report) + "\n")
+
+
+if __name__ == "__main__":
+    main()

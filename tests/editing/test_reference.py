@@ -1,0 +1,77 @@
+"""Every fast path against the plain reference, on every architecture, at equal steps in fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.editing.editor import Editor
+from app.editing.parameters import ValueParameters
+from app.editing.values import optimise_values
+from app.weights.delta import Delta, LowRank
+from app.weights.views import ViewCache
+from benchmarks.reference import PlainEditor, search_value
+from tests.editing.conftest import FACTS, MakeEditor, hparams
+from tests.tiny import CONFIGS, MemoryDeltas
+
+CLOSED_FORM = ("rome", "memit", "emmet", "alphaedit", "memit_seq")
+STEPS = 10
+PLAIN = {"steps": STEPS, "stop_loss": 0.0, "contexts": 2}  # all steps, as the reference takes
+
+
+def plain_editor(editor: Editor, views: ViewCache, method: str) -> PlainEditor:
+    plan = editor.plan(method, {**hparams(method, 0, 1), **PLAIN})
+    statistics = editor._statistics
+
+    def projector(layer: int) -> Tensor:
+        basis = statistics.null_space(layer, plan.hparams["null_share"])
+        return basis @ basis.T
+
+    return PlainEditor(
+        model=views.private(()),
+        loaded=views.loaded,
+        method=method,
+        hparams=plan.hparams,
+        contexts=editor._context_templates(2, plan.hparams["context_length"]),
+        covariance=lambda layer: statistics.covariance(layer, plan.hparams["ridge"]).matrix(),
+        projector=projector,
+    )
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("model_type", sorted(CONFIGS))
+def test_a_value_is_the_plain_searchs(make_editor: MakeEditor, model_type: str, layer: int) -> None:
+    editor, views = make_editor(model_type)
+    contexts = editor._context_templates(2, 10)
+    settings = ValueParameters(steps=STEPS, stop_loss=0.0)
+    model, loaded = views.private(()), views.loaded
+    values = optimise_values(model, loaded, FACTS, layer, contexts, settings)
+    for fact, value in zip(FACTS, values, strict=True):
+        plain = search_value(model, loaded, fact, layer, contexts, settings)
+        assert torch.cosine_similarity(value.delta, plain.delta, dim=0) >= 0.9999
+        torch.testing.assert_close(value.hidden, plain.hidden, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", CLOSED_FORM)
+@pytest.mark.parametrize("model_type", sorted(CONFIGS))
+def test_two_edits_in_sequence_are_the_plain_procedures(
+    make_editor: MakeEditor, deltas: MemoryDeltas, model_type: str, method: str
+) -> None:
+    """The second edit sees the first one's weights, and its keys where the method protects them."""
+    editor, views = make_editor(model_type)
+    plain = plain_editor(editor, views, method)
+    plan = editor.plan(method, {**hparams(method, 0, 1), **PLAIN})
+    composition: tuple[str, ...] = ()
+    for facts in (FACTS[:2], FACTS[2:]):
+        (proposal,) = editor.propose(
+            plan, composition, facts, independent=False, seed=0, timings={}
+        )
+        composition = (*composition, deltas.add(proposal.payload))
+        expected = plain.edit(facts)
+        changes = Delta.from_bytes(proposal.payload).changes
+        assert set(changes) == set(expected)
+        for name, change in changes.items():
+            assert isinstance(change, LowRank)
+            found = (change.left.double() @ change.right.double().T) - expected[name]
+            assert float(found.norm() / expected[name].norm()) <= 1e-3

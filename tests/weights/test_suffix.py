@@ -1,0 +1,211 @@
+"""Passes from the subject on give what whole passes give, on every architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from app.weights.architectures import dissect, recognise
+from app.weights.fork import fork
+from app.weights.language_model import LanguageModel
+from app.weights.suffix import (
+    Span,
+    SuffixPass,
+    align_rows,
+    find_beginnings,
+    group_alike,
+    why_whole,
+)
+from tests.tiny import CONFIGS, VOCABULARY, TinyModels
+
+CPU = torch.device("cpu")
+WIDTH = 48
+# Beyond the tiny models' own: windows that rows outgrow, biases by distance, a norm behind the
+# residual sum.
+VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "mistral, short window": ("mistral", {"sliding_window": 4}),
+    "gemma2, short window": ("gemma2", {"sliding_window": 4}),
+    "gemma3_text, short window": ("gemma3_text", {"sliding_window": 4}),
+    "gpt_neo, short window": ("gpt_neo", {"window_size": 4}),
+    "falcon, alibi": ("falcon", {"alibi": True}),
+    "opt, norm behind": ("opt", {"do_layer_norm_before": False}),
+    "gpt_neox, one after another": ("gpt_neox", {"use_parallel_residual": False}),
+    "qwen2, fewer key heads": ("qwen2", {"num_key_value_heads": 2}),
+}
+
+
+def spans() -> list[Span]:
+    """Rows of several lengths, one without anything before it, some with a shared beginning."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
+
+    shared = draw(7)
+    alone = [Span(draw(n), start, changed) for n, start, changed in ((9, 4, 4), (5, 1, 2))]
+    alike = [Span(shared + draw(n), 7 + extra, 7 + extra) for n, extra in ((5, 1), (6, 2), (4, 0))]
+    return [*alone, *alike, Span(draw(3), 0, 0)]
+
+
+def build(name: str) -> LanguageModel:
+    model_type, options = VARIANTS.get(name, (name, {}))
+    config = AutoConfig.for_model(
+        model_type,
+        **{**CONFIGS[model_type], **options},
+        vocab_size=VOCABULARY,
+        initializer_range=0.15,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model: LanguageModel = AutoModelForCausalLM.from_config(config)
+    model.train(False).requires_grad_(False)
+    return model
+
+
+def make_pass(model: LanguageModel, layer: int, rows: list[Span], **options: Any) -> SuffixPass:
+    anatomy = dissect(model, recognise(model.config))
+    return SuffixPass(model, anatomy, layer, rows, pad_id=0, device=CPU, **options)
+
+
+def run_alone(model: LanguageModel, layer: int, span: Span, delta: Tensor) -> Tensor:
+    """The body's output ``(suffix, d)`` of one row, unpadded, through the whole model."""
+    projection = dissect(model, recognise(model.config)).projection(model, layer)
+
+    def add(_: object, __: object, output: Tensor) -> Tensor:
+        moved = output.reshape(len(span.ids), -1).clone()
+        moved[span.changed] += delta
+        return moved.reshape(output.shape)
+
+    handle = projection.register_forward_hook(add)
+    try:
+        hidden: Tensor = model.base_model(torch.tensor([list(span.ids)])).last_hidden_state
+    finally:
+        handle.remove()
+    return hidden[0, span.start :]
+
+
+@pytest.mark.parametrize("layer", [0, 1, 3])
+@pytest.mark.parametrize("name", [*sorted(CONFIGS), *VARIANTS])
+def test_a_suffix_pass_is_the_whole_pass_of_each_row_alone(name: str, layer: int) -> None:
+    model, rows = build(name), spans()
+    deltas = torch.randn(len(rows), WIDTH, generator=torch.Generator().manual_seed(1))
+    mine = deltas.clone().requires_grad_(True)
+    found = make_pass(model, layer, rows).run(mine)
+    theirs = deltas.clone().requires_grad_(True)
+    expected = [
+        run_alone(model, layer, span, delta) for span, delta in zip(rows, theirs, strict=True)
+    ]
+    real = torch.cat([found[index, : len(part)] for index, part in enumerate(expected)])
+    torch.testing.assert_close(real, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    weights = torch.randn(real.shape, generator=torch.Generator().manual_seed(2))
+    (gradient,) = torch.autograd.grad((weights * real).sum(), mine)
+    (plain,) = torch.autograd.grad((weights * torch.cat(expected)).sum(), theirs)
+    torch.testing.assert_close(gradient, plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "opt", "falcon"])
+def test_the_first_pass_sees_keys_and_outputs_where_the_layer_changes(model_type: str) -> None:
+    model, rows = build(model_type), spans()
+    anatomy = dissect(model, recognise(model.config))
+    made = make_pass(model, 1, rows)
+    own = anatomy.architecture.norm_after_mlp
+    watched = anatomy.projection(model, 1) if own else anatomy.layer(model, 1)
+    for index, span in enumerate(rows):
+        seen: list[Tensor] = []
+        handles = [
+            anatomy.projection(model, 1).register_forward_pre_hook(
+                lambda _, inputs, seen=seen: seen.append(inputs[0])
+            ),
+            watched.register_forward_hook(
+                lambda _, __, output, seen=seen: seen.append(
+                    output[0] if isinstance(output, tuple) else output
+                )
+            ),
+        ]
+        try:
+            model.base_model(torch.tensor([list(span.ids)]))
+        finally:
+            for handle in handles:
+                handle.remove()
+        keys, outputs = (part.reshape(len(span.ids), -1)[span.changed] for part in seen)
+        torch.testing.assert_close(made.keys[index], keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(made.outputs[index], outputs, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_are_kept_go_on_as_before() -> None:
+    model, rows = build("llama"), spans()
+    deltas = torch.randn(len(rows), WIDTH, generator=torch.Generator().manual_seed(1))
+    made = make_pass(model, 1, rows)
+    before = made.run(deltas)
+    for kept in ([0, 2, 3, 5], [1, 3]):  # the second time of those that were left
+        chosen = torch.tensor(kept)
+        before, deltas = before[chosen], deltas[chosen]
+        made.keep(chosen)
+        torch.testing.assert_close(made.run(deltas), before)
+
+
+def test_whole_passes_on_request_give_the_same() -> None:
+    model, rows = build("gpt2"), spans()
+    deltas = torch.randn(len(rows), WIDTH, generator=torch.Generator().manual_seed(1))
+    made = make_pass(model, 1, rows)
+    suffix = made.run(deltas)
+    made.run_whole()
+    real = torch.tensor([[c < len(s.ids) - s.start for c in range(suffix.shape[1])] for s in rows])
+    torch.testing.assert_close(made.run(deltas)[real], suffix[real], rtol=1e-4, atol=1e-4)
+
+
+def test_a_pass_leaves_the_model_as_it_was(tiny: TinyModels) -> None:
+    model = fork(tiny.load("gpt2").model)
+    before = [dict(module.__dict__) for module in model.modules()]
+    make_pass(model, 1, spans()).run(torch.zeros(6, WIDTH))
+    after = [dict(module.__dict__) for module in model.modules()]
+    assert [set(old) for old in before] == [set(new) for new in after]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_aligned_rows_have_their_starts_in_one_column() -> None:
+    rows = align_rows([Span([5, 6, 7], 2, 2), Span([8, 9], 0, 1)], 0, CPU)
+    assert rows.ids.tolist() == [[5, 6, 7, 0], [0, 0, 8, 9]]
+    assert rows.mask.tolist() == [[1, 1, 1, 0], [0, 0, 1, 1]]
+    assert rows.positions.tolist() == [[0, 1, 2, 2], [0, 0, 0, 1]]
+    assert (rows.prefix, rows.changed.tolist()) == (2, [0, 1])
+
+
+def test_shared_beginnings_are_run_once_and_only_where_that_saves_work() -> None:
+    beginning = list(range(10, 30))
+    alike = [Span([*beginning, 40 + i, 50 + i], 21, 21) for i in range(8)]
+    found = find_beginnings(alike, 0, CPU)
+    assert found is not None
+    assert found.ids.tolist() == [beginning]
+    assert found.tokens.tolist() == [list(range(20))] * 8
+    apart = [Span([i * 30 + c for c in range(22)], 21, 21) for i in range(8)]
+    assert find_beginnings(apart, 0, CPU) is None
+
+
+def test_rows_run_apart_only_where_padding_would_cost_more() -> None:
+    short, long = Span([1] * 3, 0, 0), Span([1] * 9, 0, 0)
+    assert group_alike([long, short, long]) == [[0, 1, 2]]
+    assert group_alike([short] * 10 + [long] * 10) == [list(range(10)), list(range(10, 20))]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, None),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, None),
+        ({"layer_types": ["linear_attention"]}, "linear_attention"),
+        ({"num_kv_shared_layers": 2}, "share"),
+        ({"use_bidirectional_attention": True}, "later tokens"),
+    ],
+)
+def test_attention_that_forbids_it_is_named(options: dict[str, Any], reason: str | None) -> None:
+    config = AutoConfig.for_model("gpt2")
+    for name, value in options.items():
+        setattr(config, name, value)
+    found = why_whole(config)
+    assert (found is None) if reason is None else (found is not None and reason in found)

@@ -138,7 +138,8 @@ class Bench:
         outcomes: list[Shares] = []
         for start in range(0, len(trials), CHUNK):
             chunk = trials[start : start + CHUNK]
-            for trial, composition in zip(chunk, self._propose((), chunk), strict=True):
+            states = self._write((), chunk, independent=True)
+            for trial, composition in zip(chunk, states, strict=True):
                 view = self._views.get(composition)
                 outcomes.append(self._measure(view.model, [trial]))
             progress("single edits", start + len(chunk), len(trials))
@@ -148,7 +149,7 @@ class Bench:
         """All trials one upon another, measured once at the end."""
         composition: Composition = ()
         for number, trial in enumerate(trials):
-            (composition,) = self._propose(composition, [trial])
+            (composition,) = self._write(composition, [trial], independent=False)
             progress("edits in sequence", number + 1, len(trials))
         edited = {trial.fact.subject for trial in trials}
         apart = [
@@ -162,27 +163,31 @@ class Bench:
         ]
         return self._measure(self._views.get(composition).model, apart)
 
-    def _propose(self, composition: Composition, trials: Sequence[Trial]) -> list[Composition]:
-        """What ``composition`` becomes with each trial alone; an edit that the editor refuses
-        leaves it as it is, and so counts as failed."""
+    def _write(
+        self, composition: Composition, trials: Sequence[Trial], *, independent: bool
+    ) -> list[Composition]:
+        """What ``composition`` becomes with each trial alone, or with all of them. An edit that
+        the editor refuses leaves it as it is, and so counts as failed."""
         try:
             proposals = self._editor.propose(
                 self.plan,
                 composition,
                 [trial.fact for trial in trials],
-                independent=True,
+                independent=independent,
                 seed=self._seed,
                 timings={},
             )
         except EditRejected:
-            if len(trials) == 1:
+            if not independent or len(trials) == 1:
                 return [composition]
-            return [after for trial in trials for after in self._propose(composition, [trial])]
+            alone = ([trial] for trial in trials)
+            return [s for one in alone for s in self._write(composition, one, independent=True)]
         digests = [hashlib.sha256(proposal.payload).hexdigest() for proposal in proposals]
         self._deltas.update(
             (digest, proposal.payload) for digest, proposal in zip(digests, proposals, strict=True)
         )
-        return [(*composition, digest) for digest in digests]
+        together = [[digest] for digest in digests] if independent else [digests]
+        return [self._editor.succeed(composition, joined).apply(composition) for joined in together]
 
     def _measure(self, model: PreTrainedModel, trials: Sequence[Trial]) -> Shares:
         """Answers of ``model`` to every prompt of the trials; the base says what was before."""

@@ -46,7 +46,7 @@ def choose_trials(wordings: Sequence[Wording], count: int, seed: int) -> tuple[T
             tuple(
                 ask(other) for other in by_subject[wording.entry.subject] if other != wording.entry
             ),
-            choose_neighbours(wording.entry, entries, rng),
+            tuple(ask(other) for other in choose_neighbours(wording.entry, entries, rng)),
         )
         for wording in chosen.values()
     )
@@ -63,12 +63,15 @@ def counterfactual(
 
 def choose_neighbours(
     entry: Entry, entries: Sequence[Entry], rng: random.Random
-) -> tuple[str, ...]:
+) -> tuple[Entry, ...]:
+    """Ten facts of other subjects, the first half of the entry's own relation.
+
+    Needs five of its relation, and five more facts.
+    """
     strangers = [other for other in entries if other.subject != entry.subject]
     same = [other for other in strangers if other.relation == entry.relation]
     half = NEIGHBOURS // 2
-    picked = [*rng.sample(same, half), *rng.sample(strangers, NEIGHBOURS - half)]
-    return tuple(ask(other) for other in picked)
+    return (*rng.sample(same, half), *rng.sample(strangers, NEIGHBOURS - half))
 
 
 def ask(entry: Entry) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import exp
 
@@ -17,6 +17,10 @@ from app.domain import (
     TokenChoice,
 )
 from app.evaluation.answers import first_clause, says
+from app.evaluation.fluency import fluencies
+from app.evaluation.locality import names
+from app.evaluation.perplexity import FixedText, surprise
+from app.evaluation.prompt_kinds import PROMPT_KINDS
 from app.evaluation.scoring import Score, next_logprobs, score_targets
 from app.weights.decoding import decode_greedily
 from app.weights.language_model import LanguageModel
@@ -33,6 +37,8 @@ class _Tally:
     efficacy: list[bool] = field(default_factory=list)
     paraphrase: list[bool] = field(default_factory=list)
     locality: list[bool] = field(default_factory=list)
+    other_subjects: list[bool] = field(default_factory=list)
+    same_subject: list[bool] = field(default_factory=list)
     portability: list[bool] = field(default_factory=list)
 
 
@@ -60,30 +66,37 @@ class Evaluator:
         portability prompts are generated too; otherwise only the facts' own prompts.
         """
         old = self._views.get(before).model
-        pairs = [(fact.text, fact.target) for fact in facts]
-        said_before = self._answers(old, pairs)
-        side_before = self._answers(old, _side_pairs(facts)) if full else []
+        said_before = iter(
+            self._answers(old, _own_pairs(facts) + (_side_pairs(facts) if full else []))
+        )
+        own_before = [next(said_before) for _ in facts]
         outcomes: list[FactOutcome] = []
         tallies: list[_Tally] = []
-        cursor = 0
         for state, group in _by_state(facts, after):
             new = self._views.get(state).model
-            said_after = self._answers(new, [(fact.text, fact.target) for fact in group])
-            scores = score_targets(new, self._loaded, [(f.text, f.target) for f in group])
-            group_tallies = [
-                _Tally([says(text, f.target)]) for text, f in zip(said_after, group, strict=True)
-            ]
-            if full:
-                mine = side_before[: len(_side_pairs(group))]
-                side_before = side_before[len(mine) :]
-                self._fill(new, group, group_tallies, mine)
-            for fact, text, score, tally in zip(
-                group, said_after, scores, group_tallies, strict=True
-            ):
-                outcomes.append(_outcome(fact, said_before[cursor], text, score, tally))
-                cursor += 1
-            tallies.extend(group_tallies)
+            said = self._hear(new, group, said_before, full=full)
+            scores = score_targets(new, self._loaded, _own_pairs(group))
+            for (text, tally), fact, score in zip(said, group, scores, strict=True):
+                outcomes.append(_outcome(fact, own_before[len(outcomes)], text, score, tally))
+                tallies.append(tally)
         return Assessment(tuple(outcomes), _metrics(outcomes, tallies))
+
+    def read_texts(
+        self,
+        facts: Sequence[Fact],
+        states: Sequence[Composition],
+        text: FixedText,
+        seed: int,
+    ) -> list[tuple[float, float]]:
+        """How each fact's state writes and reads: the n-gram entropy, in bits, of what it puts
+        behind the fact's prompt, and its mean surprise, in nats, at a token of ``text``."""
+        found = []
+        for state, group in _by_state(facts, states):
+            model = self._views.get(state).model
+            strangeness = surprise(model, self._loaded, text)
+            prompts = [fact.text for fact in group]
+            found += [(f, strangeness) for f in fluencies(model, self._loaded, prompts, seed)]
+        return found
 
     def probe(
         self,
@@ -116,34 +129,53 @@ class Evaluator:
             )
         return results
 
-    def _fill(
-        self,
-        model: LanguageModel,
-        facts: Sequence[Fact],
-        tallies: Sequence[_Tally],
-        side_before: Sequence[str],
-    ) -> None:
-        """Generate paraphrase, locality and portability prompts of one state in one go."""
-        paraphrases = [(prompt, fact.target) for fact in facts for prompt in fact.rephrase_prompts]
-        answers = iter(self._answers(model, [*paraphrases, *_side_pairs(facts)]))
-        before = iter(side_before)
-        for fact, tally in zip(facts, tallies, strict=True):
+    def _hear(
+        self, model: LanguageModel, facts: Sequence[Fact], before: Iterator[str], *, full: bool
+    ) -> list[tuple[str, _Tally]]:
+        """What one state says to each fact's own prompt, and the hits of all its prompts.
+
+        ``before`` gives the answers to locality and portability prompts before the edit.
+        """
+        pairs = _own_pairs(facts)
+        if full:
+            pairs += [(prompt, fact.target) for fact in facts for prompt in fact.rephrase_prompts]
+            pairs += _side_pairs(facts)
+        answers = iter(self._answers(model, pairs))
+        heard = []
+        for fact in facts:
+            text = next(answers)
+            heard.append((text, _Tally([says(text, fact.target)])))
+        if not full:
+            return heard
+        for fact, (_, tally) in zip(facts, heard, strict=True):
             tally.paraphrase = [says(next(answers), fact.target) for _ in fact.rephrase_prompts]
-        for fact, tally in zip(facts, tallies, strict=True):
-            tally.locality = [_same(next(before), next(answers)) for _ in fact.locality]
+        for fact, (_, tally) in zip(facts, heard, strict=True):
+            for expectation in fact.locality:
+                held = _same(next(before), next(answers))
+                tally.locality.append(held)
+                own = names(expectation.prompt, fact.subject)
+                (tally.same_subject if own else tally.other_subjects).append(held)
             tally.portability = [_follows(e, next(before), next(answers)) for e in fact.portability]
+        return heard
 
     def _answers(self, model: LanguageModel, pairs: Sequence[tuple[str, str]]) -> list[str]:
         """Greedy continuations, long enough to hold each pair's expected answer."""
-        if not pairs:
-            return []
+        distinct = list(dict.fromkeys(pairs))
         lengths = [
             max(ANSWER_TOKENS, target_length(self._loaded, prompt, answer))
             if answer
             else ANSWER_TOKENS
-            for prompt, answer in pairs
+            for prompt, answer in distinct
         ]
-        return decode_greedily(model, self._loaded, [prompt for prompt, _ in pairs], lengths)
+        prompts = [prompt for prompt, _ in distinct]
+        said = dict(
+            zip(distinct, decode_greedily(model, self._loaded, prompts, lengths), strict=True)
+        )
+        return [said[pair] for pair in pairs]
+
+
+def _own_pairs(facts: Sequence[Fact]) -> list[tuple[str, str]]:
+    return [(fact.text, fact.target) for fact in facts]
 
 
 def _side_pairs(facts: Sequence[Fact]) -> list[tuple[str, str]]:
@@ -181,7 +213,7 @@ def _outcome(fact: Fact, before: str, after: str, score: Score, tally: _Tally) -
         "rank": score.first_rank,
         "teacher_forced": score.matched,
     }
-    for name in ("paraphrase", "locality", "portability"):
+    for name in PROMPT_KINDS:
         hits: list[bool] = getattr(tally, name)
         if hits:
             details[name] = sum(hits) / len(hits)

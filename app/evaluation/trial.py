@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from app.domain import Composition, Digest, Expectation, Fact, FactOutcome, Mode, Proposal
+from app.domain import Composition, Digest, Fact, FactOutcome, Mode, Proposal
 from app.editing.editor import Editor
 from app.errors import EditRejected, InvalidInput, PalimpsestError
 from app.evaluation.evaluator import ANSWER_TOKENS, Evaluator
+from app.evaluation.locality import keep_apart
+from app.evaluation.perplexity import FixedText, sample_text, to_perplexity
+from app.evaluation.prompt_kinds import PROMPT_KINDS, count_prompts, share
 from app.evaluation.report import Counts, TrialReport
 from app.weights.decoding import encode_prompt
 from app.weights.loading import LoadedModel
@@ -52,13 +55,16 @@ def run_trial(
     settings: TrialSettings,
     *,
     data: Path | None = None,
+    text: FixedText | None = None,
+    fluency: bool = True,
     progress: Progress = lambda _what, _done, _of: None,
 ) -> TrialReport:
     """Write ``facts`` into the model as ``settings`` say, and measure what it says then.
 
     Independent: each fact alone on the base, measured there. Sequential: batch upon batch, all
     facts measured at the end. Statistics are kept in ``data``, by default in a folder that
-    lasts as long as the call.
+    lasts as long as the call. Perplexity is taken on ``text``, by default drawn from the model;
+    without ``fluency`` neither is measured, which is most of what a trial takes.
 
     Raises:
         InvalidInput: no facts, a prompt too long, or hyperparameters the method doesn't take.
@@ -66,7 +72,7 @@ def run_trial(
     if not facts:
         raise InvalidInput("There are no facts to evaluate.", field="facts")
     with tempfile.TemporaryDirectory() as folder:
-        trial = _Trial(loaded, settings, data or Path(folder))
+        trial = _Trial(loaded, settings, data or Path(folder), text, fluency)
         trial.check(facts)
         if settings.mode is Mode.INDEPENDENT:
             trial.edit_independently(facts, progress)
@@ -78,7 +84,14 @@ def run_trial(
 class _Trial:
     """One base model, editor, views and evaluator; deltas in memory, dropped when measured."""
 
-    def __init__(self, loaded: LoadedModel, settings: TrialSettings, data: Path) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        settings: TrialSettings,
+        data: Path,
+        text: FixedText | None,
+        fluency: bool,
+    ) -> None:
         self._loaded = loaded
         self._settings = settings
         self._deltas: dict[Digest, bytes] = {}
@@ -87,7 +100,11 @@ class _Trial:
         self._editor = Editor(self._views, data=data)
         self._evaluator = Evaluator(self._views)
         self._plan = self._editor.plan(settings.method, settings.hparams)
+        self._text = (text or sample_text(loaded, settings.seed)) if fluency else None
         self._outcomes: list[FactOutcome] = []
+        # Fluency and surprise on the base and on each fact's own state, fact by fact.
+        self._before: list[tuple[float, float]] = []
+        self._after: list[tuple[float, float]] = []
         self._refused = 0
         self._seconds = 0.0
         self._statistics_seconds = 0.0
@@ -123,16 +140,20 @@ class _Trial:
             done += len(batch)
             progress("edits in sequence", done, len(facts))
         progress("measuring", 0, len(facts))
-        for chunk in _chunks(_apart(facts), MEASURED_AT_ONCE):
+        for chunk in _chunks(keep_apart(facts), MEASURED_AT_ONCE):
             self._measure(chunk, [state] * len(chunk))
             progress("measuring", len(self._outcomes), len(facts))
 
     def report(self) -> TrialReport:
         outcomes, settings = self._outcomes, self._settings
         teacher_forced = [float(outcome.details["teacher_forced"]) for outcome in outcomes]
-        paraphrase, paraphrases = self._share("paraphrase")
-        locality, localities = self._share("locality")
-        portability, portabilities = self._share("portability")
+        shares = {kind: share(outcomes, kind) for kind in PROMPT_KINDS}
+        counts = {
+            kind: sum(count_prompts(outcome.fact, kind) for outcome in outcomes)
+            for kind in PROMPT_KINDS
+        }
+        fluency_before, surprise_before = _means(self._before)
+        fluency, surprise = _means(self._after)
         return TrialReport(
             model=self._loaded.identity.name,
             method=self._plan.method,
@@ -141,11 +162,13 @@ class _Trial:
             batch_size=settings.size,
             seed=settings.seed,
             efficacy=sum(outcome.success for outcome in outcomes) / len(outcomes),
-            paraphrase=paraphrase,
-            locality=locality,
-            portability=portability,
-            efficacy_teacher_forced=sum(teacher_forced) / len(outcomes),
-            counts=Counts(len(outcomes), self._refused, paraphrases, localities, portabilities),
+            **shares,
+            efficacy_teacher_forced=_mean(teacher_forced),
+            fluency=fluency,
+            fluency_before=fluency_before,
+            perplexity=_to_perplexity(surprise),
+            perplexity_before=_to_perplexity(surprise_before),
+            counts=Counts(facts=len(outcomes), refused=self._refused, **counts),
             seconds_per_edit=self._seconds / len(outcomes),
             statistics_seconds=self._statistics_seconds,
         )
@@ -167,12 +190,10 @@ class _Trial:
             half = len(facts) // 2
             parts = (facts[:half], facts[half:])
             return [after for part in parts for after in self._write(state, part, independent=True)]
-        states = []
-        for proposal in proposals:
-            digest = sha256(proposal.payload).hexdigest()
-            self._deltas[digest] = proposal.payload
-            states.append((*state, digest))
-        return states
+        digests = [sha256(proposal.payload).hexdigest() for proposal in proposals]
+        self._deltas.update(zip(digests, (p.payload for p in proposals), strict=True))
+        together = [[digest] for digest in digests] if independent else [digests]
+        return [self._editor.succeed(state, joined).apply(state) for joined in together]
 
     def _propose(
         self, state: Composition, facts: Sequence[Fact], independent: bool
@@ -196,25 +217,26 @@ class _Trial:
     def _measure(self, facts: Sequence[Fact], states: Sequence[Composition]) -> None:
         assessment = self._evaluator.assess(facts, (), states, full=True)
         self._outcomes.extend(assessment.outcomes)
-
-    def _share(self, name: str) -> tuple[float | None, int]:
-        """The share of hits among all facts' prompts of a kind, and how many prompts those are."""
-        counts = [_count(outcome.fact, name) for outcome in self._outcomes]
-        hits = [
-            round(float(outcome.details[name]) * count)
-            for outcome, count in zip(self._outcomes, counts, strict=True)
-            if count
-        ]
-        return (sum(hits) / sum(counts) if hits else None), sum(counts)
+        if self._text is None:
+            return
+        for states_read, found in (([()] * len(facts), self._before), (states, self._after)):
+            seed = self._settings.seed
+            found += self._evaluator.read_texts(facts, states_read, self._text, seed)
 
 
-def _count(fact: Fact, name: str) -> int:
-    kinds: Mapping[str, Sequence[str] | Sequence[Expectation]] = {
-        "paraphrase": fact.rephrase_prompts,
-        "locality": fact.locality,
-        "portability": fact.portability,
-    }
-    return len(kinds[name])
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _means(pairs: Sequence[tuple[float, float]]) -> tuple[float | None, float | None]:
+    if not pairs:
+        return None, None
+    firsts, seconds = zip(*pairs, strict=True)
+    return _mean(firsts), _mean(seconds)
+
+
+def _to_perplexity(surprise: float | None) -> float | None:
+    return None if surprise is None else to_perplexity(surprise)
 
 
 def _prompts(fact: Fact) -> Iterator[tuple[str, str | None]]:
@@ -226,13 +248,3 @@ def _prompts(fact: Fact) -> Iterator[tuple[str, str | None]]:
 
 def _chunks(facts: Sequence[Fact], size: int) -> Iterator[Sequence[Fact]]:
     yield from (facts[start : start + size] for start in range(0, len(facts), size))
-
-
-def _apart(facts: Sequence[Fact]) -> list[Fact]:
-    """The facts without locality prompts that another of them edits word for word: in a
-    sequence those ought to change."""
-    edited = {text for fact in facts for text in (fact.text, *fact.rephrase_prompts)}
-    return [
-        replace(fact, locality=tuple(e for e in fact.locality if e.prompt not in edited))
-        for fact in facts
-    ]

@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from io import StringIO
+from math import exp, inf
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from app.domain import Composition, Expectation, Fact, Mode
 from app.editing.editor import Editor
 from app.errors import ContextExceeded, EditRejected, InvalidInput
 from app.evaluation.answers import first_clause, says
+from app.evaluation.fluency import fluencies
+from app.evaluation.perplexity import perplexity, read_text, surprise
 from app.evaluation.report import TrialReport
 from app.evaluation.trial import TrialSettings, run_trial
+from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
 from app.weights.views import ViewCache
-from tests.tiny import MemoryDeltas, TinyModels
+from tests.tiny import TEXT, MemoryDeltas, TinyModels
 
 STRONG, WEAK = 0.02, 0.002  # learning rates: the strong one overwrites nearly everything
 HPARAMS = {"layer": 3, "steps": 40, "learning_rate": STRONG}
@@ -83,6 +89,9 @@ class Reference:
             "efficacy_teacher_forced": mean([self.matched(s, f) for f, s in pairs]),
         }
 
+    def model(self, state: Composition) -> LanguageModel:
+        return self._views.get(state).model
+
     @torch.no_grad()
     def say(self, state: Composition, prompt: str, answer: str = "") -> str:
         tokenizer, model = self._views.loaded.tokenizer, self._views.get(state).model
@@ -138,6 +147,8 @@ def test_independent_figures_are_those_of_each_fact_alone(
         "refused": 0,
         "paraphrase": 3,
         "locality": 8,
+        "other_subjects": 8,
+        "same_subject": 0,
         "portability": 6,
     }
 
@@ -154,6 +165,66 @@ def test_sequential_figures_are_those_of_the_last_state(
         state = reference.write(state, facts[start : start + size], rate)
     assert figures(report) == pytest.approx(reference.figures(facts, [state] * 3))
     assert report.batch_size == size
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_texts_are_written_and_read_by_each_facts_own_state_and_by_the_base(
+    loaded: LoadedModel, reference: Reference, mode: Mode
+) -> None:
+    text = read_text(loaded, TEXT)
+    report = run_trial(loaded, FACTS, settings(mode, 2), text=text)
+    if mode is Mode.INDEPENDENT:
+        states = [reference.write((), [fact]) for fact in FACTS]
+    else:
+        states = [reference.write(reference.write((), FACTS[:2]), FACTS[2:])] * 3
+    models = [reference.model(state) for state in states]
+    alone = [
+        fluencies(model, loaded, [fact.text], 0)[0]
+        for model, fact in zip(models, FACTS, strict=True)
+    ]
+    before = [fluencies(loaded.model, loaded, [fact.text], 0)[0] for fact in FACTS]
+    assert report.fluency == pytest.approx(mean(alone))
+    assert report.fluency_before == pytest.approx(mean(before))
+    strange = mean([surprise(model, loaded, text) for model in models])
+    assert report.perplexity == pytest.approx(exp(strange), rel=1e-4)
+    assert report.perplexity_before == pytest.approx(perplexity(loaded.model, loaded, text))
+
+
+def test_fluency_can_be_left_out_and_changes_no_other_figure(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_it = run_trial(loaded, FACTS, settings(Mode.INDEPENDENT, 3))
+    monkeypatch.setattr("app.evaluation.evaluator.fluencies", None)
+    monkeypatch.setattr("app.evaluation.trial.sample_text", None)
+    without = run_trial(loaded, FACTS, settings(Mode.INDEPENDENT, 3), fluency=False)
+    assert figures(without) == figures(with_it)
+    told = without.to_json()
+    names = ("fluency", "fluency_before", "perplexity", "perplexity_before")
+    assert [told[name] for name in names] == [None] * 4
+    page = StringIO()
+    Console(file=page, width=200).print(without.table())
+    rows = page.getvalue().splitlines()
+    unmeasured = [row for row in rows if "fluency" in row or "perplexity" in row]
+    assert ["not measured" in row for row in unmeasured] == [True, True]
+
+
+def test_locality_is_told_apart_by_subject(loaded: LoadedModel, reference: Reference) -> None:
+    prompts = ("France borders", "The capital of Spain is", "Paris is", "Spain and France")
+    fact = replace(FACTS[0], locality=tuple(map(Expectation, prompts)))
+    report = run_trial(loaded, [fact], settings(Mode.INDEPENDENT))
+    state = reference.write((), [fact])
+    kept = [
+        first_clause(reference.say(state, p)) == first_clause(reference.say((), p)) for p in prompts
+    ]
+    assert report.same_subject == mean([kept[0], kept[3]])
+    assert report.other_subjects == mean(kept[1:3])
+    assert (report.counts.same_subject, report.counts.other_subjects) == (2, 2)
+
+
+def test_a_perplexity_beyond_numbers_is_null_in_json(loaded: LoadedModel) -> None:
+    report = run_trial(loaded, FACTS[1:2], settings(Mode.INDEPENDENT))
+    told = replace(report, perplexity=inf).to_json()
+    assert told == {**report.to_json(), "perplexity": None}
 
 
 def test_an_edit_that_does_nothing_keeps_all_and_writes_nothing(

@@ -13,10 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from app.almanac.report import Line, Report
-from app.cli import bind, cli, read_hparams, url_of
-from app.errors import InvalidInput, SettingsError
-from app.main import FolderLock
+from app.cli import cli
 from tests.fakes import build_world, running_server
 
 PROMPT = "The capital of France is"
@@ -27,7 +24,6 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
     with running_server(build_world(tmp_path / "data")) as url:
         monkeypatch.setenv("PALIMPSEST_URL", url)
@@ -123,43 +119,6 @@ def test_an_error_is_one_line_and_exit_code_2(run: Run, arguments: list[str], sa
     assert said in result.stderr
 
 
-def test_hyperparameters_are_json_where_they_can_be() -> None:
-    assert read_hparams(["layer=3", "lr=1e-3", "flag=true", "norm=l2"]) == {
-        "layer": 3,
-        "lr": 1e-3,
-        "flag": True,
-        "norm": "l2",
-    }
-    with pytest.raises(InvalidInput):
-        read_hparams(["=3"])
-
-
-def test_a_taken_port_is_said_before_anything_is_loaded() -> None:
-    with bind("127.0.0.1", 0) as taken:
-        taken.listen()
-        with pytest.raises(SettingsError, match="--port"):
-            bind("127.0.0.1", taken.getsockname()[1])
-
-
-def test_urls_bracket_version_6_addresses() -> None:
-    assert url_of("127.0.0.1", 8000) == "http://127.0.0.1:8000"
-    assert url_of("::1", 8000) == "http://[::1]:8000"
-
-
-def test_a_data_folder_serves_one_server_at_a_time(tmp_path: Path) -> None:
-    lock = FolderLock(tmp_path / "data")
-    with pytest.raises(SettingsError, match="Another server"):
-        FolderLock(tmp_path / "data")
-    lock.release()
-    FolderLock(tmp_path / "data").release()
-
-
-def test_a_data_folder_that_is_a_file_is_said(tmp_path: Path) -> None:
-    (tmp_path / "data").touch()
-    with pytest.raises(SettingsError, match="can't be used"):
-        FolderLock(tmp_path / "data")
-
-
 def test_help_is_fast() -> None:
     began = time.perf_counter()
     done = subprocess.run(
@@ -167,32 +126,3 @@ def test_help_is_fast() -> None:
     )
     assert "serve" in done.stdout
     assert time.perf_counter() - began < 3
-
-
-def test_almanac_train_writes_where_it_is_told(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    trained: list[tuple[Path, int]] = []
-
-    def train(output: Path, seed: int = 0, **_: object) -> Path:
-        trained.append((output, seed))
-        return output
-
-    monkeypatch.setattr("app.almanac.train.train", train)
-    arguments = ["almanac", "train", "--output", str(tmp_path / "model"), "--seed", "3"]
-    assert CliRunner().invoke(cli, arguments).exit_code == 0
-    assert trained == [(tmp_path / "model", 3)]
-
-
-@pytest.mark.parametrize(("known", "exit_code"), [(0.99, 0), (0.5, 1)])
-def test_almanac_check_prints_the_gate_and_fails_below_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, known: float, exit_code: int
-) -> None:
-    report = Report((Line("facts known", known, 0.98),), "rome", {"layer": 1}, 0)
-    monkeypatch.setattr("app.almanac.check.check", lambda *_, **__: report)
-    arguments = ["almanac", "check", "--model", str(tmp_path), "--edits", "5"]
-    shown = CliRunner().invoke(cli, arguments)
-    assert shown.exit_code == exit_code
-    assert "facts known" in shown.stdout
-    told = CliRunner().invoke(cli, [*arguments, "--json"])
-    assert json.loads(told.stdout)["passed"] is (exit_code == 0)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 from typer.testing import CliRunner, Result
 
 from app.cli import cli
+from app.evaluation.locality import split_locality
 from tests.evaluation.test_datasets import ALL, OURS
 from tests.test_docs import ROOT, read_session
 from tests.tiny import TinyModels
@@ -26,12 +25,8 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    monkeypatch.setenv("COLUMNS", "200")
-    handlers = logging.getLogger().handlers[:]
-    yield lambda *arguments: CliRunner().invoke(cli, ["evaluate", *map(str, arguments)])
-    logging.getLogger().handlers[:] = handlers
-    structlog.reset_defaults()
+def run() -> Run:
+    return lambda *arguments: CliRunner().invoke(cli, ["evaluate", *map(str, arguments)])
 
 
 @pytest.fixture
@@ -58,11 +53,14 @@ def test_a_file_of_any_format_is_evaluated_on_any_model_folder(
     found = json.loads(told.stdout)
     assert found["mode"] == mode
     assert found["hparams"]["steps"] == 20
+    other_subjects, same_subject = split_locality(fact)
     assert found["counts"] == {
         "facts": 1,
         "refused": 0,
         "paraphrase": len(fact.rephrase_prompts),
         "locality": len(fact.locality),
+        "other_subjects": len(other_subjects),
+        "same_subject": len(same_subject),
         "portability": len(fact.portability),
     }
 

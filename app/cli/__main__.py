@@ -1,0 +1,3 @@
+from app.cli.application import main
+
+main()

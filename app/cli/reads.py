@@ -1,0 +1,79 @@
+"""What a model says under a view: ``palimpsest generate`` and ``palimpsest probe``."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import typer
+
+from app.cli.connection import DEFAULT_URL, Key, Url, Views, connect
+from app.cli.rendering import AsJson, rows_table, show
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    view: Views = None,
+    max_new_tokens: int = 32,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    stop: list[str] | None = None,
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt under one or more views, side by side."""
+    with connect(url, api_key) as client:
+        answer = client.generate(
+            prompt,
+            views=view or ["live"],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=stop or [],
+        )
+    heads = [f"{c.view} ({c.revision or c.sandbox})" for c in answer.completions]
+    texts = [c.text for c in answer.completions]
+    show(answer, as_json, [rows_table(answer.prompt, heads, [texts])])
+
+
+def probe(
+    prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    candidate: Annotated[
+        list[str] | None, typer.Option(help="A continuation to score, repeatable.")
+    ] = None,
+    view: Views = None,
+    top_k: int = 3,
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Probabilities of candidate continuations and the likeliest next tokens."""
+    with connect(url, api_key) as client:
+        answer = client.probe(
+            prompt, candidates=candidate or [], views=view or ["live"], top_k=top_k
+        )
+    rows = [
+        [one.prompt, result.view, scored.text, f"{scored.probability:.4f}", scored.rank]
+        for result in answer.results
+        for one in result.prompts
+        for scored in one.candidates
+    ]
+    tops = [
+        [
+            one.prompt,
+            result.view,
+            "  ".join(f"{t.text!r} {math.exp(t.logprob):.3f}" for t in one.top),
+        ]
+        for result in answer.results
+        for one in result.prompts
+    ]
+    tables = [rows_table("likeliest next tokens", ["prompt", "view", "tokens"], tops)]
+    if rows:
+        heads = ["prompt", "view", "candidate", "probability", "rank"]
+        tables.insert(0, rows_table("candidates", heads, rows))
+    show(answer, as_json, tables)

@@ -1,15 +1,16 @@
 """The vocabulary: facts, edits, revisions, checkpoints, sandboxes. Plain values, no torch.
 
-A *composition* is the ordered tuple of delta digests that, added to the base model in that
-order, give a state. Weights are a pure function of (base, composition); two revisions with
-the same composition have the same bytes.
+A *composition* is the ordered tuple of delta digests that give a state: changes, added to the
+base model in that order, and the ledger's rows, whose order counts for nothing. Weights are
+a pure function of (base, composition); two revisions with the same composition have the same
+bytes.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -163,9 +164,9 @@ class Edit:
 class Revision:
     """An immutable state of the live model.
 
-    ``deltas`` are the digests appended to the parent's composition; ``restored`` names the
-    revision whose composition is taken over instead (revert, reset), and then ``deltas`` is
-    empty.
+    ``removed`` are the digests taken out of the parent's composition (facts that later ones
+    replace), ``deltas`` those appended to it; ``restored`` names the revision whose composition
+    is taken over instead (revert, reset), and then both are empty.
     """
 
     number: int
@@ -176,6 +177,7 @@ class Revision:
     edit: str | None = None
     sandbox: str | None = None
     restored: int | None = None
+    removed: tuple[Digest, ...] = ()
     deltas: tuple[Digest, ...] = ()
 
     @property
@@ -192,7 +194,8 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """A copy-on-write branch: its root revision plus its own edits, as deltas only."""
+    """A copy-on-write branch: its root revision plus its own edits, as deltas only. ``removed``
+    are the root's digests that its edits replaced."""
 
     id: str
     root: int
@@ -200,6 +203,7 @@ class Sandbox:
     deltas: tuple[Digest, ...]
     state_hash: Digest
     created_at: datetime
+    removed: tuple[Digest, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,11 +247,25 @@ class EditPlan:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A computed, not yet accepted delta: safetensors bytes, and what the method measured of
-    each fact in it."""
+    """A computed, not yet accepted delta: safetensors bytes, which facts of the request it
+    writes, by index, and what the method measured of each."""
 
     payload: bytes
-    details: tuple[Mapping[str, Any], ...] = ()
+    facts: tuple[int, ...]
+    details: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Succession:
+    """How new deltas join a state: ``removed`` leave it (rows of subjects that the new ones tell
+    of), ``added`` come in, in order."""
+
+    removed: tuple[Digest, ...]
+    added: tuple[Digest, ...]
+
+    def apply(self, composition: Composition) -> Composition:
+        """The state that follows ``composition``."""
+        return compose(composition, self.removed, self.added)
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +334,12 @@ class ProbeResult:
     prompt: str
     candidates: tuple[CandidateScore, ...]
     top: tuple[TokenChoice, ...]
+
+
+def compose(start: Composition, removed: Iterable[Digest], added: Iterable[Digest]) -> Composition:
+    """``start`` without the digests ``removed``, then those ``added``."""
+    gone = frozenset(removed)
+    return (*(digest for digest in start if digest not in gone), *added)
 
 
 def utc_now() -> datetime:

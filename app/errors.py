@@ -13,7 +13,7 @@
     ├── UnsupportedModel        the model on disk can't be served or edited
     ├── JournalError            the journal or a stored delta can't be trusted
     │   └── BaseMismatch        this journal belongs to another base model
-    ├── SettingsError           the server's own settings contradict each other
+    ├── SettingsError           the server's own settings can't be carried out
     └── Unreachable             the client found no server (raised by ``app.client``)
 
 One table in ``app/api/problems.py`` maps these to status codes; nothing else does.

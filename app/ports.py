@@ -25,6 +25,7 @@ from app.domain import (
     Revision,
     Sampling,
     Sandbox,
+    Succession,
 )
 
 
@@ -66,6 +67,10 @@ class Editor(Protocol):
         seed: int,
         timings: dict[str, float],
     ) -> list[Proposal]: ...
+    def succeed(self, composition: Composition, digests: Sequence[Digest]) -> Succession: ...
+    def merge(
+        self, composition: Composition, digests: Sequence[Digest]
+    ) -> Mapping[Digest, Proposal]: ...
 
 
 class Evaluator(Protocol):

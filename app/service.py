@@ -36,6 +36,8 @@ from app.domain import (
     Revision,
     Sampling,
     Sandbox,
+    Succession,
+    compose,
     new_id,
     parse_revision,
     utc_now,
@@ -150,7 +152,7 @@ class Service:
                 "a checkpoint's name or a sandbox's id.",
                 field=field,
             )
-        composition = self._journal.composition(sandbox.root) + sandbox.deltas
+        composition = self._sandbox_state(sandbox)
         self._verify(sandbox.id, composition, sandbox.state_hash)
         return ResolvedView(view, composition, sandbox=sandbox.id)
 
@@ -385,7 +387,7 @@ class Service:
         sandbox = self.sandbox(command.sandbox) if command.sandbox else None
         if sandbox is not None:
             parent = self._journal.revision(sandbox.root)
-            start = self._journal.composition(sandbox.root) + sandbox.deltas
+            start = self._sandbox_state(sandbox)
         elif command.mode is Mode.INDEPENDENT:
             parent, start = self._journal.revision(0), ()
         else:
@@ -402,32 +404,45 @@ class Service:
         )
         staged = [self._store.stage(proposal.payload) for proposal in proposals]
         try:
-            edit = self._assess(command, plan, proposals, staged, start, parent, timings)
+            steps = self._succeed(command.mode, start, staged)
+            edit = self._assess(command, plan, proposals, steps, start, parent, timings)
             if not command.keep:
                 return self._record(replace(edit, deltas=()), timings, began)
-            return self._commit(edit, start, parent, sandbox, timings, began)
+            return self._commit(edit, steps, start, parent, sandbox, timings, began)
         finally:
             for digest in staged:
                 self._store.unstage(digest)
+
+    def _sandbox_state(self, sandbox: Sandbox) -> Composition:
+        root = self._journal.composition(sandbox.root)
+        return compose(root, sandbox.removed, sandbox.deltas)
+
+    def _succeed(
+        self, mode: Mode, start: Composition, staged: Sequence[Digest]
+    ) -> list[Succession]:
+        """How the staged deltas join the state: each alone, or all together."""
+        if mode is Mode.INDEPENDENT:
+            return [self._editor.succeed(start, [digest]) for digest in staged]
+        return [self._editor.succeed(start, staged)]
 
     def _assess(
         self,
         command: EditCommand,
         plan: EditPlan,
         proposals: Sequence[Proposal],
-        staged: Sequence[Digest],
+        steps: Sequence[Succession],
         start: Composition,
         parent: Revision,
         timings: dict[str, float],
     ) -> Edit:
         """Measure the candidate states before anything is written."""
         began = perf_counter()
-        after = [(*start, digest) for digest in staged]
+        after = [step.apply(start) for step in steps]
         if command.mode is Mode.SEQUENTIAL:
             after *= len(command.facts)
         assessment = self._evaluator.assess(command.facts, start, after, full=command.evaluate)
         timings["evaluate_s"] = perf_counter() - began
-        details = [detail for proposal in proposals for detail in proposal.details]
+        details = _details(proposals)
         outcomes = tuple(
             replace(outcome, details={**outcome.details, **detail})
             for outcome, detail in zip(assessment.outcomes, details, strict=True)
@@ -440,7 +455,7 @@ class Service:
             seed=command.seed,
             parent=parent.number,
             outcomes=outcomes,
-            deltas=tuple(staged),
+            deltas=tuple(digest for step in steps for digest in step.added),
             sandboxes=(),
             metrics=assessment.metrics,
             timings={},
@@ -457,6 +472,7 @@ class Service:
     def _commit(
         self,
         edit: Edit,
+        steps: Sequence[Succession],
         start: Composition,
         parent: Revision,
         sandbox: Sandbox | None,
@@ -468,19 +484,19 @@ class Service:
             self._store.persist(digest)
         self._journal.prepare_edit(edit)
         try:
-            hashes = [self._views.state_hash((*start, digest)) for digest in edit.deltas]
-            revision, sandboxes, edit = self._results(edit, hashes, parent, sandbox)
+            hashes = [self._views.state_hash(step.apply(start)) for step in steps]
+            revision, sandboxes, edit = self._results(edit, steps, hashes, parent, sandbox)
             timings["commit_s"] = perf_counter() - commit_began
             timings["total_s"] = perf_counter() - began
             edit = replace(edit, status=EditStatus.COMMITTED, timings=timings)
             if revision is not None:
-                self._views.pin_live((*start, *edit.deltas))
+                self._views.pin_live(steps[0].apply(start))
             self._journal.commit_edit(edit, revision=revision, sandboxes=sandboxes)
         except BaseException:
             self._abandon(edit)
             raise
         if revision is not None:
-            self._head = Head(revision, (*start, *edit.deltas))
+            self._head = Head(revision, steps[0].apply(start))
         return edit
 
     def _abandon(self, edit: Edit) -> None:
@@ -492,14 +508,19 @@ class Service:
             log.warning("a failed edit is still marked prepared", edit=edit.id, error=error.detail)
 
     def _results(
-        self, edit: Edit, hashes: Sequence[Digest], parent: Revision, sandbox: Sandbox | None
+        self,
+        edit: Edit,
+        steps: Sequence[Succession],
+        hashes: Sequence[Digest],
+        parent: Revision,
+        sandbox: Sandbox | None,
     ) -> tuple[Revision | None, list[Sandbox], Edit]:
         """What the edit makes: a revision of the live model, one sandbox a fact, or the next
         state of an existing sandbox."""
         if edit.mode is Mode.INDEPENDENT:
             sandboxes = [
-                Sandbox(new_id("s"), parent.number, (edit.id,), (digest,), state, edit.created_at)
-                for digest, state in zip(edit.deltas, hashes, strict=True)
+                Sandbox(new_id("s"), parent.number, (edit.id,), step.added, state, edit.created_at)
+                for step, state in zip(steps, hashes, strict=True)
             ]
             outcomes = tuple(
                 replace(outcome, sandbox=made.id)
@@ -507,12 +528,13 @@ class Service:
             )
             ids = tuple(made.id for made in sandboxes)
             return None, sandboxes, replace(edit, outcomes=outcomes, sandboxes=ids)
-        (state,) = hashes
+        (state,), (step,) = hashes, steps
         if sandbox is not None:
             grown = replace(
                 sandbox,
                 edits=(*sandbox.edits, edit.id),
-                deltas=(*sandbox.deltas, *edit.deltas),
+                removed=(*sandbox.removed, *(d for d in step.removed if d not in sandbox.deltas)),
+                deltas=compose(sandbox.deltas, step.removed, step.added),
                 state_hash=state,
             )
             return None, [grown], replace(edit, sandboxes=(sandbox.id,), state_hash=state)
@@ -523,7 +545,8 @@ class Service:
             state_hash=state,
             created_at=edit.created_at,
             edit=edit.id,
-            deltas=edit.deltas,
+            removed=step.removed,
+            deltas=step.added,
         )
         return revision, [], replace(edit, revision=revision.number, state_hash=state)
 
@@ -544,21 +567,30 @@ class Service:
         if not sandbox.deltas:
             raise Conflict(f"Sandbox {sandbox_id} has no edits to promote.")
         live = self._head.composition
-        if live[-len(sandbox.deltas) :] == sandbox.deltas:
-            raise Conflict(f"The live model already ends with the edits of {sandbox_id}.")
-        own = self._journal.composition(sandbox.root) + sandbox.deltas
-        self._verify(sandbox_id, own, sandbox.state_hash)
-        composition = live + sandbox.deltas
-        revision = Revision(
-            number=self.head.number + 1,
-            parent=self.head.number,
-            cause=Cause.PROMOTE,
-            state_hash=self._views.state_hash(composition),
-            created_at=utc_now(),
-            sandbox=sandbox_id,
-            deltas=sandbox.deltas,
-        )
-        return self._append(revision, composition)
+        self._verify(sandbox_id, self._sandbox_state(sandbox), sandbox.state_hash)
+        merged = self._editor.merge(live, sandbox.deltas)
+        staged = {digest: self._store.stage(p.payload) for digest, p in merged.items()}
+        try:
+            deltas = [staged.get(digest, digest) for digest in sandbox.deltas]
+            step = self._editor.succeed(live, deltas)
+            if live[-len(deltas) :] == step.added or set(step.added) == set(step.removed):
+                raise Conflict(f"The live model already has the edits of {sandbox_id}.")
+            for digest in staged.values():
+                self._store.persist(digest)
+            revision = Revision(
+                number=self.head.number + 1,
+                parent=self.head.number,
+                cause=Cause.PROMOTE,
+                state_hash=self._views.state_hash(step.apply(live)),
+                created_at=utc_now(),
+                sandbox=sandbox_id,
+                removed=step.removed,
+                deltas=step.added,
+            )
+            return self._append(revision, step.apply(live))
+        finally:
+            for digest in staged.values():
+                self._store.unstage(digest)
 
     def _append(self, revision: Revision, composition: Composition) -> Revision:
         self._verify(f"The state for {revision.id}", composition, revision.state_hash)
@@ -570,3 +602,13 @@ class Service:
             raise
         self._head = Head(revision, composition)
         return revision
+
+
+def _details(proposals: Sequence[Proposal]) -> list[Mapping[str, Any]]:
+    """What was measured of each fact, in the order of the request."""
+    found = {
+        index: detail
+        for proposal in proposals
+        for index, detail in zip(proposal.facts, proposal.details, strict=True)
+    }
+    return [found[index] for index in sorted(found)]

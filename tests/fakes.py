@@ -33,6 +33,7 @@ from app.domain import (
     ProbeResult,
     Proposal,
     Sampling,
+    Succession,
     TokenChoice,
 )
 from app.errors import ContextExceeded, EditRejected, InvalidInput, UnknownMethod
@@ -143,7 +144,8 @@ class FakeEngine:
 class FakeEditor:
     """Knows ``rome`` and ``ft`` with one hyperparameter, ``strength`` (0 is rejected).
 
-    While ``gate`` is clear an edit waits in ``propose``, with ``entered`` set.
+    While ``gate`` is clear an edit waits in ``propose``, with ``entered`` set. New deltas take
+    the place of those in ``replaced``.
     """
 
     def __init__(self) -> None:
@@ -151,6 +153,7 @@ class FakeEditor:
         self.gate.set()
         self.entered = threading.Event()
         self.failure: Exception | None = None
+        self.replaced: set[Digest] = set()
 
     def plan(self, method: str | None, hparams: Mapping[str, Any]) -> EditPlan:
         name = method or METHODS[0]
@@ -164,7 +167,20 @@ class FakeEditor:
         return EditPlan(name, {"strength": 1.0, **hparams})
 
     def methods(self) -> Sequence[Mapping[str, Any]]:
-        return [{"name": name, "title": name.upper()} for name in METHODS]
+        return [
+            {
+                "name": name,
+                "title": name.upper(),
+                "paper": "none",
+                "rank": "1",
+                "needs_statistics": False,
+                "batch": "one after another",
+                "sequential": "later ones go on top",
+                "defaults": dict(self.plan(name, {}).hparams),
+                "parameters": {"strength": {"type": "number"}},
+            }
+            for name in METHODS
+        ]
 
     def check(self, facts: Sequence[Fact]) -> None:
         for fact in facts:
@@ -190,10 +206,22 @@ class FakeEditor:
         written = [{fact.text: f" {fact.target}."} for fact in facts]
         details: list[dict[str, Any]] = [{"steps": 1} for _ in facts]
         if independent:
-            pairs = zip(written, details, strict=True)
-            return [Proposal(json.dumps(one).encode(), (detail,)) for one, detail in pairs]
+            return [
+                Proposal(json.dumps(one).encode(), (place,), (details[place],))
+                for place, one in enumerate(written)
+            ]
         together = {prompt: answer for one in written for prompt, answer in one.items()}
-        return [Proposal(json.dumps(together).encode(), tuple(details))]
+        places = tuple(range(len(facts)))
+        return [Proposal(json.dumps(together).encode(), places, tuple(details))]
+
+    def succeed(self, composition: Composition, digests: Sequence[Digest]) -> Succession:
+        removed = tuple(digest for digest in composition if digest in self.replaced)
+        return Succession(removed, tuple(digests))
+
+    def merge(
+        self, composition: Composition, digests: Sequence[Digest]
+    ) -> Mapping[Digest, Proposal]:
+        return {}
 
 
 class FakeEvaluator:

@@ -50,6 +50,17 @@ def test_a_session_edits_checkpoints_reverts_and_resets(client: Client) -> None:
     assert client.checkpoints().items == []
 
 
+def test_what_a_revision_or_a_sandbox_replaces_is_told(client: Client, world: FakeWorld) -> None:
+    client.edit([FACT])
+    before = client.revision("r1").deltas
+    world.editor.replaced.update(before)
+    sandbox = client.create_sandbox(root="live").id
+    client.edit([{**FACT, "target": "Oslo"}], sandbox=sandbox)
+    client.edit([{**FACT, "target": "Lima"}])
+    assert client.sandbox(sandbox).removed == client.revision("r2").removed == before
+    assert (say(client), say(client, sandbox), say(client, "r1")) == (" Lima.", " Oslo.", " Rome.")
+
+
 def test_a_session_with_sandboxes(client: Client) -> None:
     (first,) = client.edit([FACT], mode="independent").sandboxes
     second = client.create_sandbox(root="live").id

@@ -73,6 +73,7 @@ class Bench:
 
     def edit(self, *facts: Fact, **command: Any) -> Any:
         hparams = command.pop("hparams", QUICK)
+        command.setdefault("method", "rome")
         made = EditCommand(facts=facts or (FACT,), hparams=hparams, **command)
         return self.service.submit_edit(made).result(60)
 
@@ -182,7 +183,7 @@ def test_a_sandbox_can_be_continued_and_promoted(bench: Bench) -> None:
 def test_what_is_live_already_is_not_promoted_or_reverted_to(bench: Bench) -> None:
     (sandbox,) = bench.edit(FACT, mode=Mode.INDEPENDENT).sandboxes
     bench.service.promote(sandbox).result(30)
-    with pytest.raises(Conflict, match="already ends"):
+    with pytest.raises(Conflict, match="already has"):
         bench.service.promote(sandbox).result(30)
     with pytest.raises(InvalidInput, match="there already"):
         bench.service.revert("live")
@@ -455,3 +456,70 @@ def test_compositions_of_sandboxes_follow_their_root(bench: Bench) -> None:
     edit = bench.edit(OTHER, sandbox=sandbox.id)
     expected: Composition = (*first.deltas, *edit.deltas)
     assert bench.service.resolve(sandbox.id).composition == expected
+
+
+# The ledger: deltas that take others' place ------------------------------------------------
+
+LEDGER: dict[str, Any] = {"method": "ledger", "hparams": {"steps": 3, "layers": [1]}}
+AGAIN = Fact(FACT.prompt, FACT.subject, "Oslo")
+MORE = Fact("{} borders", FACT.subject, "Spain")
+
+
+def test_a_new_answer_takes_the_old_ones_row_out_of_the_live_state(bench: Bench) -> None:
+    first = bench.edit(FACT, **LEDGER)
+    bench.edit(OTHER)
+    again = bench.edit(AGAIN, **LEDGER)
+    revision = bench.service.revision(3)
+    assert (revision.removed, revision.deltas) == (first.deltas, again.deltas)
+    assert not set(first.deltas) & set(bench.service.resolve("live").composition)
+    assert again.outcomes[0].details["replaces"] == "Rome"
+    live, before = bench.matrices(), bench.matrices("r2")
+    bench.restart()
+    assert equal(bench.matrices(), live)
+    assert equal(bench.matrices("r2"), before)
+    assert bench.journal.verify() == []
+
+
+def test_a_sandbox_replaces_its_roots_row_and_its_own(bench: Bench) -> None:
+    root = bench.edit(FACT, **LEDGER)
+    live = bench.matrices()
+    sandbox = bench.service.create_sandbox("live").result(30).id
+    bench.edit(AGAIN, sandbox=sandbox, **LEDGER)
+    last = bench.edit(MORE, sandbox=sandbox, **LEDGER)
+    found = bench.service.sandbox(sandbox)
+    assert (found.removed, found.deltas) == (root.deltas, last.deltas)
+    assert bench.service.resolve(sandbox).composition == last.deltas
+    assert equal(bench.matrices(), live)
+    bench.restart()
+    assert bench.service.sandbox(sandbox) == found
+    assert bench.journal.verify() == []
+
+
+def test_a_promoted_sandboxs_facts_join_those_of_the_live_state(bench: Bench) -> None:
+    together = bench.edit(FACT, MORE, **LEDGER)
+    bench.service.reset().result(30)
+    live = bench.edit(FACT, **LEDGER)
+    (sandbox,) = bench.edit(MORE, mode=Mode.INDEPENDENT, **LEDGER).sandboxes
+    revision = bench.service.promote(sandbox).result(30)
+    assert revision.removed == live.deltas
+    assert revision.state_hash == together.state_hash
+    assert bench.service.resolve("live").composition == together.deltas
+    bench.restart()
+    assert bench.service.head == revision
+    with pytest.raises(Conflict, match="already has"):
+        bench.service.promote(sandbox).result(30)
+
+
+def test_a_failing_promotion_changes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.edit(FACT, **LEDGER)
+    (sandbox,) = bench.edit(MORE, mode=Mode.INDEPENDENT, **LEDGER).sandboxes
+    before, live = bench.everything(), bench.matrices()
+
+    def fail(*_: Any) -> None:
+        raise JournalError("The disk is full.")
+
+    monkeypatch.setattr(bench.journal, "append_revision", fail)
+    with pytest.raises(JournalError, match="disk"):
+        bench.service.promote(sandbox).result(30)
+    assert bench.everything() == before
+    assert equal(bench.matrices(), live)

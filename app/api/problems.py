@@ -29,6 +29,7 @@ STATUS: Mapping[type[errors.PalimpsestError], int] = {
     errors.Conflict: 409,
     errors.ShuttingDown: 503,
     errors.Overloaded: 429,
+    errors.SettingsError: 503,  # the server's own configuration, found wanting in mid-edit
     errors.Unauthorized: 401,
     errors.Forbidden: 403,
     errors.PalimpsestError: 500,
@@ -44,7 +45,7 @@ DESCRIPTIONS: Mapping[int, str] = {
     422: "The request can't be carried out as written; nothing changed",
     429: "Too many requests are waiting; see Retry-After",
     500: "The server failed",
-    503: "The server is starting or shutting down",
+    503: "The server is starting or shutting down, or can't do this as it is set up",
 }
 
 # RFC 9110's name for what Python 3.11 still calls "Request Entity Too Large".

@@ -458,7 +458,11 @@ class FactOut(Answer):
     after: str
     success: bool
     sandbox: str | None = None
-    details: dict[str, Any] = Field(default_factory=dict)
+    details: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What the method measured; of `ledger` also `facts_of_subject` and, where the "
+        "fact answers a question anew, the target it `replaces`.",
+    )
 
     @classmethod
     def of(cls, outcome: FactOutcome) -> Self:
@@ -520,8 +524,8 @@ class EditOut(Answer):
 
 
 class RevisionOut(Answer):
-    """One immutable state of the live model. ``restored`` names the revision whose weights
-    it took over (revert, reset)."""
+    """One immutable state of the live model: its parent's deltas without those ``removed``, and
+    then ``deltas``. ``restored`` names the revision whose weights it took over (revert, reset)."""
 
     id: str
     parent: str | None
@@ -529,6 +533,7 @@ class RevisionOut(Answer):
     edit: str | None = None
     sandbox: str | None = None
     restored: str | None = None
+    removed: list[str] = Field(default_factory=list, description="Digests that new ones replace.")
     deltas: list[str] = Field(default_factory=list)
     state_hash: str
     created_at: datetime
@@ -542,6 +547,7 @@ class RevisionOut(Answer):
             edit=revision.edit,
             sandbox=revision.sandbox,
             restored=revision_id(revision.restored),
+            removed=list(revision.removed),
             deltas=list(revision.deltas),
             state_hash=revision.state_hash,
             created_at=revision.created_at,
@@ -587,11 +593,13 @@ class CheckpointOut(Answer):
 
 
 class SandboxOut(Answer):
-    """A copy-on-write branch: its root revision and its own edits."""
+    """A copy-on-write branch: its root revision, without the deltas ``removed``, and its own
+    edits."""
 
     id: str
     root: str
     edits: list[str]
+    removed: list[str] = Field(default_factory=list, description="Of the root's digests.")
     deltas: list[str]
     state_hash: str
     created_at: datetime
@@ -602,6 +610,7 @@ class SandboxOut(Answer):
             id=sandbox.id,
             root=f"r{sandbox.root}",
             edits=list(sandbox.edits),
+            removed=list(sandbox.removed),
             deltas=list(sandbox.deltas),
             state_hash=sandbox.state_hash,
             created_at=sandbox.created_at,
@@ -698,7 +707,17 @@ class MethodOut(Answer):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str
+    name: str = Field(examples=["ledger"])
+    title: str
+    paper: str
+    rank: str = Field(description="The rank of an edit's change.")
+    needs_statistics: bool = Field(
+        description="Whether an edit needs the covariance of ordinary text."
+    )
+    batch: str = Field(description="What several facts in one edit do.")
+    sequential: str = Field(description="What becomes of earlier edits.")
+    defaults: dict[str, Any] = Field(description="Its hyperparameters on the loaded model.")
+    parameters: dict[str, Any] = Field(description="Each hyperparameter's JSON schema, by name.")
 
 
 class Methods(Answer):

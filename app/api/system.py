@@ -13,7 +13,7 @@ from app.api.security import Reader
 
 router = APIRouter(tags=["system"])
 
-GUARDED = problem_responses(401, 403, 500)
+GUARDED = problem_responses(401, 403, 500, 503)
 
 
 @router.get("/", include_in_schema=False)

@@ -38,6 +38,7 @@ class AlphaEdit(SpreadMethod[AlphaEditParameters]):
     title = "Null-space constrained editing"
     paper = "arXiv 2410.02355"
     sequential = "keeps earlier edits: their keys are in the solve"
+    reads_keys = True
     parameters = AlphaEditParameters
 
     def solve_right(

@@ -11,11 +11,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from app.domain import Composition, EditPlan, Fact, Proposal
+from app.domain import Composition, Digest, EditPlan, Fact, Proposal, Succession
+from app.editing.basis import Bases
 from app.editing.contexts import generate_contexts
-from app.editing.method import Method, Solution
+from app.editing.hyperparameters import Shape, read_table
+from app.editing.ledger import Ledger
+from app.editing.method import Method, Part
 from app.editing.registry import METHODS, describe, find_method
+from app.editing.row_cache import RowCache
 from app.editing.statistics import Statistics
+from app.editing.tuned import read_tuned
 from app.editing.workbench import Workbench
 from app.errors import ContextExceeded, EditRejected, InvalidInput
 from app.weights.prompts import count_tokens
@@ -24,8 +29,7 @@ from app.weights.views import ViewCache
 P = ParamSpec("P")
 R = TypeVar("R")
 
-DEFAULT_METHOD = "rome"
-DEFAULT_DEPTH = 0.2  # GPT2-XL was edited at .35, GPT-J and Llama at .16 to .18 of the depth
+DEFAULT_METHOD = "ledger"
 CONTEXT_SEED = 0
 ANSWER_ROOM = 8  # tokens an evaluation generates behind a prompt
 
@@ -38,7 +42,7 @@ class Editor:
         views: ViewCache,
         *,
         data: Path,
-        corpus: Path | None = None,
+        corpus: Path | str | None = None,
         statistics_tokens: int | None = None,
         max_relative_norm: float = 10.0,
     ) -> None:
@@ -50,20 +54,23 @@ class Editor:
         self._contexts: dict[tuple[int, int], tuple[str, ...]] = {}
         self._keys: tuple[Composition, dict[str, Tensor]] = ((), {})
         self._max_relative_norm = max_relative_norm
+        self._folder = data / views.base.digest[:16]
+        self._row_cache = RowCache(self._folder / "rows")
+        self._bases = Bases(
+            views.loaded, folder=self._folder, covariance=self._statistics.covariance
+        )
+        self._tables = {name: read_table(name) for name in METHODS}
 
     def plan(self, method: str | None, hparams: Mapping[str, Any]) -> EditPlan:
-        """Defaults, then the model's own recommendations, then what the caller gave.
+        """Defaults, then what is recommended for the model, then what the caller gave.
 
         Raises:
             UnknownMethod, InvalidInput: names the parameter and its range.
+            SettingsError: what tuning stored can't be read.
         """
         chosen = find_method(method or self._default_method)
-        recommended = self._recommended(chosen.name)
         fields = chosen.parameters.model_fields
-        if "layer" in fields:
-            recommended.setdefault("layer", self._default_layers[-1])
-        if "layers" in fields:
-            recommended.setdefault("layers", self._default_layers)
+        recommended = self._recommended(chosen)
         try:
             params = chosen.parameters.model_validate({**recommended, **hparams})
         except ValidationError as error:
@@ -115,40 +122,95 @@ class Editor:
         seed: int,
         timings: dict[str, float],
     ) -> list[Proposal]:
-        """Deltas for ``facts`` on the state ``composition``: one for all of them, or with
-        ``independent`` one for each as if it were alone.
+        """Deltas for ``facts`` on the state ``composition``: those that make one edit of
+        all of them, or with ``independent`` one for each as if it were alone. ``succeed`` says
+        how they join the state.
 
         Raises:
             EditRejected: the result isn't finite, or larger than the norm bound.
         """
         method = find_method(plan.method)
         params = method.parameters.model_validate(plan.hparams)
+        for name in ("statistics_s", "keys_s", "values_s", "solve_s"):
+            timings.setdefault(name, 0.0)
+        bench = self._open_bench(composition, method, seed, timings)
+        if method.needs_statistics:
+            timed(self._statistics.prepare, timings)(params.edited_layers)
+        if independent:
+            solutions = method.solve_each(bench, facts, params)
+            parts = [Part((index,), solution) for index, solution in enumerate(solutions)]
+        else:
+            parts = method.solve_parts(bench, facts, params)
+        return [self._accept(method, part) for part in parts]
+
+    def _open_bench(
+        self,
+        composition: Composition,
+        method: Method[Any],
+        seed: int,
+        timings: dict[str, float],
+    ) -> Workbench:
         torch.manual_seed(seed)
-        bench = Workbench(
+        sums = self._views.sums(composition)
+        return Workbench(
             loaded=self._loaded,
             model=self._views.private(composition),
-            sums=dict(self._views.sums(composition)),
-            keys=self._past_keys(composition),
+            sums=dict(sums.changes),
+            ledger=sums.ledger,
+            keys=self._past_keys(composition) if method.reads_keys else {},
             covariance=timed(self._statistics.covariance, timings),
             null_space=timed(self._statistics.null_space, timings),
             contexts=self._context_templates,
+            basis=timed(self._bases.find, timings),
+            rows={row.subject: row for row in self._views.rows(composition).values()},
+            row_cache=self._row_cache,
             seed=seed,
             timings=timings,
         )
-        for name in ("statistics_s", "keys_s", "values_s", "solve_s"):
-            timings.setdefault(name, 0.0)
-        if independent:
-            solutions = method.solve_each(bench, facts, params)
-        else:
-            solutions = [method.solve_all(bench, facts, params)]
-        return [self._accept(method, solution) for solution in solutions]
 
-    def _accept(self, method: Method[Any], solution: Solution) -> Proposal:
+    def succeed(self, composition: Composition, digests: Sequence[Digest]) -> Succession:
+        """How deltas, staged or stored, join a state: a row takes the place of the one its
+        subject has there; every other delta is put on top.
+
+        Raises:
+            JournalError: a delta is missing or damaged.
+        """
+        subjects = {row.subject for row in self._views.rows(tuple(digests)).values()}
+        live = self._views.rows(composition)
+        return Succession(
+            removed=tuple(digest for digest, row in live.items() if row.subject in subjects),
+            added=tuple(digests),
+        )
+
+    def merge(self, composition: Composition, digests: Sequence[Digest]) -> dict[Digest, Proposal]:
+        """New rows for those of ``digests`` whose subject has other facts in the state as well:
+        they tell of both, and the newcomer's answer where both answer the same question.
+
+        Raises:
+            JournalError: a delta is missing or damaged.
+        """
+        live = {row.subject: row for row in self._views.rows(composition).values()}
+        method = METHODS[Ledger.name]
+        merged: dict[Digest, Proposal] = {}
+        for digest, row in self._views.rows(tuple(digests)).items():
+            other = live.get(row.subject)
+            if other is None or dict(other.facts).keys() <= dict(row.facts).keys():
+                continue
+            bench = self._open_bench(composition, method, 0, {})
+            facts = [Fact(prompt, row.subject, target) for prompt, target in row.facts]
+            params = method.parameters.model_validate(row.hparams)
+            (part,) = method.solve_parts(bench, facts, params)
+            merged[digest] = self._accept(method, part)
+        return merged
+
+    def _accept(self, method: Method[Any], part: Part) -> Proposal:
+        solution = part.solution
         if not solution.delta.is_finite():
             raise EditRejected(
                 f"{method.name} gave a change that is not finite; nothing was changed. "
                 "Try a smaller learning_rate or another layer."
             )
+        # A row of the ledger is bounded where it acts, by the clamp on its value.
         for name, change in solution.delta.changes.items():
             base = float(self._loaded.model.get_parameter(name).float().norm())
             ratio = change.norm() / max(base, 1e-12)
@@ -158,21 +220,22 @@ class Editor:
                     f"(the bound is {self._max_relative_norm:g}); nothing was changed. "
                     "Try a smaller learning_rate, fewer steps or another layer."
                 )
-        return Proposal(solution.delta.to_bytes(), solution.details)
-
-    @property
-    def _default_layers(self) -> tuple[int, ...]:
-        """Up to five layers that end at a fifth of the depth; one on a shallow model."""
-        depth = self._loaded.anatomy.depth
-        last = round(DEFAULT_DEPTH * depth)
-        return tuple(range(max(0, last - min(4, depth // 8)), last + 1))
+        return Proposal(solution.delta.to_bytes(), part.facts, solution.details)
 
     @property
     def _default_method(self) -> str:
-        return str(self._loaded.recommendations.get("default_method", DEFAULT_METHOD))
+        advice = {**self._loaded.recommendations, **read_tuned(self._folder)}
+        return str(advice.get("default_method", DEFAULT_METHOD))
 
-    def _recommended(self, method: str) -> dict[str, Any]:
-        return dict(self._loaded.recommendations.get("methods", {}).get(method, {}))
+    def _recommended(self, method: Method[Any]) -> dict[str, Any]:
+        """From the weakest to the strongest: the tables for known models, the model folder's own
+        advice, what tuning found on this very model."""
+        table = self._tables[method.name]
+        return {
+            **table.recommend(Shape.of(self._loaded), method.parameters.model_fields),
+            **self._loaded.recommendations.get("methods", {}).get(method.name, {}),
+            **read_tuned(self._folder).get("methods", {}).get(method.name, {}),
+        }
 
     def _past_keys(self, composition: Composition) -> dict[str, Tensor]:
         """Keys of the facts a state's edits put in, by matrix name. The last answer is kept:

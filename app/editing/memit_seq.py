@@ -19,6 +19,7 @@ class MemitSeq(SpreadMethod[MemitParameters]):
     title = "MEMIT with the keys of earlier edits protected"
     paper = "arXiv 2210.07229, arXiv 2410.02355"
     sequential = "keeps earlier edits: their keys are in the solve"
+    reads_keys = True
     parameters = MemitParameters
 
     def solve_right(

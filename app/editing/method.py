@@ -23,15 +23,30 @@ class Solution:
     details: tuple[Mapping[str, Any], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A solution of some facts of a request, named by index."""
+
+    facts: tuple[int, ...]
+    solution: Solution
+
+
 class Method(ABC, Generic[P]):
-    """One editing method. Stateless: everything it needs comes in with the call."""
+    """One editing method. Stateless: everything it needs comes in with the call.
+
+    ``rank``, ``batch`` and ``sequential`` tell people what a change's rank is, what several
+    facts in one edit do, and what happens to earlier edits. ``reads_keys``: the
+    keys of earlier edits are part of its solve.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str]
     rank: ClassVar[str]
     needs_statistics: ClassVar[bool]
+    batch: ClassVar[str]
     sequential: ClassVar[str]
+    reads_keys: ClassVar[bool] = False
     parameters: type[P]
 
     @abstractmethod
@@ -52,3 +67,7 @@ class Method(ABC, Generic[P]):
             else solutions[0].delta,
             tuple(detail for solution in solutions for detail in solution.details),
         )
+
+    def solve_parts(self, bench: Workbench, facts: Sequence[Fact], params: P) -> list[Part]:
+        """The deltas that together make one edit of all facts; most methods give one."""
+        return [Part(tuple(range(len(facts))), self.solve_all(bench, facts, params))]

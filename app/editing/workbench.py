@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from time import perf_counter
@@ -10,8 +10,10 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from app.editing.basis import Basis, Weights
+from app.editing.row_cache import RowCache
 from app.editing.statistics import Covariance
-from app.weights.delta import Delta
+from app.weights.delta import Delta, SubjectRow
 from app.weights.fold import accumulate, materialise
 from app.weights.fork import fork, graft
 from app.weights.language_model import LanguageModel
@@ -20,20 +22,25 @@ from app.weights.loading import LoadedModel
 
 @dataclass(slots=True)
 class Workbench:
-    """``model`` is a fork nobody else sees; ``sums`` and ``keys`` are the fp32 sums and the
-    edited facts' keys of its state, by matrix name.
+    """``model`` is a fork nobody else sees; ``sums`` (of changes), ``ledger`` (the sums of its
+    rows) and ``keys`` (of the edited facts) are those of its state, by matrix name; ``rows`` its
+    ledger's rows by subject.
 
-    ``covariance``, ``null_space`` and ``contexts`` come from the base model, so nothing that
-    one edit accumulates reaches another.
+    ``covariance``, ``null_space``, ``contexts``, ``basis`` and ``row_cache`` come from the base
+    model, so nothing that one edit accumulates reaches another.
     """
 
     loaded: LoadedModel
     model: LanguageModel
     sums: dict[str, Tensor]
+    ledger: Mapping[str, Tensor]
     keys: dict[str, Tensor]
     covariance: Callable[[int, float], Covariance]
     null_space: Callable[[int, float], Tensor]
     contexts: Callable[[int, int], tuple[str, ...]]
+    basis: Callable[[int, Weights, Sequence[str]], Basis]
+    rows: Mapping[str, SubjectRow]
+    row_cache: RowCache
     seed: int
     timings: MutableMapping[str, float] = field(default_factory=dict)
 
@@ -63,6 +70,8 @@ class Workbench:
             total = torch.zeros(base.shape, device=base.device) if total is None else total.clone()
             accumulate(total, change)
             self.sums[name] = total
+            if name in self.ledger:
+                total = total + self.ledger[name]
             graft(
                 self.model,
                 {name: anatomy.orient(materialise(base, total)).contiguous()},

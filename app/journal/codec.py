@@ -105,6 +105,7 @@ def encode_revision(revision: Revision) -> Plain:
         "edit": revision.edit,
         "sandbox": revision.sandbox,
         "restored": revision.restored,
+        "removed": list(revision.removed),
         "deltas": list(revision.deltas),
     }
 
@@ -119,6 +120,7 @@ def decode_revision(plain: Plain) -> Revision:
         edit=plain["edit"],
         sandbox=plain["sandbox"],
         restored=plain["restored"],
+        removed=tuple(plain["removed"]),
         deltas=tuple(plain["deltas"]),
     )
 
@@ -140,6 +142,7 @@ def encode_sandbox(sandbox: Sandbox) -> Plain:
         "id": sandbox.id,
         "root": sandbox.root,
         "edits": list(sandbox.edits),
+        "removed": list(sandbox.removed),
         "deltas": list(sandbox.deltas),
         "state_hash": sandbox.state_hash,
         "created_at": encode_time(sandbox.created_at),
@@ -151,6 +154,7 @@ def decode_sandbox(plain: Plain) -> Sandbox:
         id=plain["id"],
         root=plain["root"],
         edits=tuple(plain["edits"]),
+        removed=tuple(plain["removed"]),
         deltas=tuple(plain["deltas"]),
         state_hash=plain["state_hash"],
         created_at=decode_time(plain["created_at"]),

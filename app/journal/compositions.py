@@ -6,8 +6,10 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from threading import Lock
 
-from app.domain import Composition, Digest, Revision
+from app.domain import Composition, Digest, Revision, compose
 from app.errors import JournalError
+
+_Step = tuple[tuple[Digest, ...], tuple[Digest, ...]]  # removed, added
 
 CACHED = 64  # whole compositions kept; each is as long as its history of edits
 
@@ -15,12 +17,12 @@ CACHED = 64  # whole compositions kept; each is as long as its history of edits
 class Compositions:
     """What each revision is composed of. Revisions are immutable, so nothing here gets stale.
 
-    A revision takes over the composition of the one it restored, or else of its parent, and
-    appends its own deltas. Thread-safe.
+    A revision takes over the composition of the one it restored, or else of its parent, without
+    the digests it removed, and appends its own deltas. Thread-safe.
     """
 
     def __init__(self) -> None:
-        self._links: list[tuple[int, tuple[Digest, ...]]] = []  # (source, deltas) by number
+        self._links: list[tuple[int, _Step]] = []  # source and what comes on top, by number
         self._cache: OrderedDict[int, Composition] = OrderedDict()
         self._lock = Lock()
 
@@ -46,18 +48,21 @@ class Compositions:
                         f"Revision {revision.id} does not build on earlier ones; the journal was "
                         "changed. 'palimpsest verify' says where."
                     )
-                self._links.append((source, revision.deltas))
+                self._links.append((source, (revision.removed, revision.deltas)))
 
     def of(self, number: int) -> Composition:
         """The deltas of a known revision, in the order in which they are added to the base."""
         with self._lock:
-            tail: list[tuple[Digest, ...]] = []
+            steps: list[_Step] = []
             at = number
             while at >= 0 and at not in self._cache:
-                at, deltas = self._links[at]
-                tail.append(deltas)
-            start = self._cache[at] if at >= 0 else ()
-            composition = start + tuple(digest for part in reversed(tail) for digest in part)
+                at, step = self._links[at]
+                steps.append(step)
+            composition = self._cache[at] if at >= 0 else ()
+            if not any(removed for removed, _ in steps):
+                steps = [((), tuple(d for _, added in reversed(steps) for d in added))]
+            for removed, added in reversed(steps):
+                composition = compose(composition, removed, added)
             self._cache[number] = composition
             self._cache.move_to_end(number)
             if len(self._cache) > CACHED:

@@ -420,9 +420,17 @@ def _put_sandbox(session: Session, sandbox: Sandbox) -> None:
         session.add(SandboxRow(**values, seq=seq))
         session.flush()
         return
-    kept = (row.root, row.edits, row.deltas, row.created_at)
-    edits, deltas = values["edits"][: len(row.edits)], values["deltas"][: len(row.deltas)]
-    if kept != (sandbox.root, edits, deltas, values["created_at"]):
+    # An edit may have replaced some of the sandbox's own deltas, but not brought others in.
+    left = [digest for digest in row.deltas if digest in values["deltas"]]
+    before = (row.root, row.created_at, row.edits, row.removed, left)
+    after = (
+        sandbox.root,
+        values["created_at"],
+        values["edits"][: len(row.edits)],
+        values["removed"][: len(row.removed)],
+        values["deltas"][: len(left)],
+    )
+    if before != after:
         raise Conflict(
             f"Sandbox {sandbox.id} changed meanwhile; what was to be recorded does not continue "
             "its edits."

@@ -7,6 +7,8 @@ from typing import Any
 from app.journal.codec import Plain
 from app.journal.log import Kind
 
+UNKNOWN_THEN: Plain = {"removed": []}  # what entries written before a column existed stand for
+
 
 class Replay:
     """Folds log entries, in order, into what each read table must hold, by primary key."""
@@ -28,7 +30,7 @@ class Replay:
             case Kind.BASE_BOUND:
                 self.base = body
             case Kind.REVISION_APPENDED:
-                self.revisions[body["number"]] = body
+                self.revisions[body["number"]] = {**UNKNOWN_THEN, **body}
             case Kind.EDIT_PREPARED | Kind.EDIT_MEASURED:
                 self.edits[body["id"]] = {**body, "seq": seq}
             case Kind.EDIT_COMMITTED:
@@ -40,8 +42,9 @@ class Replay:
             case Kind.CHECKPOINT_DELETED:
                 del self.checkpoints[body["name"]]
             case Kind.SANDBOX_ADDED:
-                self.sandboxes[body["id"]] = {**body, "seq": seq}
+                self.sandboxes[body["id"]] = {**UNKNOWN_THEN, **body, "seq": seq}
             case Kind.SANDBOX_GROWN:
-                self.sandboxes[body["id"]] = {**body, "seq": self.sandboxes[body["id"]]["seq"]}
+                seq = self.sandboxes[body["id"]]["seq"]
+                self.sandboxes[body["id"]] = {**UNKNOWN_THEN, **body, "seq": seq}
             case Kind.SANDBOX_DELETED:
                 del self.sandboxes[body["id"]]

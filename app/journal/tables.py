@@ -74,6 +74,7 @@ class RevisionRow(Base):
     edit: Mapped[str | None] = mapped_column(ID)
     sandbox: Mapped[str | None] = mapped_column(ID)
     restored: Mapped[int | None] = mapped_column(ForeignKey("revisions.number"))
+    removed: Mapped[list[Any]] = mapped_column(server_default="[]")
     deltas: Mapped[list[Any]]
 
 
@@ -118,6 +119,7 @@ class SandboxRow(Base):
     seq: Mapped[int] = mapped_column(Integer, unique=True)
     root: Mapped[int] = mapped_column(ForeignKey("revisions.number"))
     edits: Mapped[list[Any]]
+    removed: Mapped[list[Any]] = mapped_column(server_default="[]")
     deltas: Mapped[list[Any]]
     state_hash: Mapped[str] = mapped_column(DIGEST)
     created_at: Mapped[str] = mapped_column(TIME)

@@ -18,14 +18,36 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from app.domain import BaseIdentity, Composition, Digest
-from app.weights.delta import Delta
+from app.weights.delta import Delta, SubjectRow
 from app.weights.digest import combined_digest
 from app.weights.fold import accumulate, materialise
 from app.weights.fork import fork, graft
+from app.weights.ledger import Ledger
 from app.weights.loading import LoadedModel
 
 DeltaLoader = Callable[[Digest], bytes]
 KEPT_SUMS = 3  # the live one, its predecessor and a candidate: a commit then folds one delta
+KEPT_ROWS = 8192  # of the ledger: a key, its solution and a residual each
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What a state adds to the base, in fp32 by matrix name: ``changes``, folded in their
+    order, and ``ledger``, the sum over its set of subject rows. Read only."""
+
+    changes: Mapping[str, Tensor]
+    ledger: Mapping[str, Tensor]
+
+    def total(self, name: str) -> Tensor:
+        """``S`` ``(d, d_ff)``."""
+        if name not in self.ledger:
+            return self.changes[name]
+        ledger = self.ledger[name]
+        return self.changes[name] + ledger if name in self.changes else ledger
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted({*self.changes, *self.ledger}))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +82,8 @@ class ViewCache:
         self._building = threading.Lock()
         self._resident: OrderedDict[Composition, View] = OrderedDict()
         self._sums: OrderedDict[Composition, dict[str, Tensor]] = OrderedDict()
+        self._rows: OrderedDict[Digest, SubjectRow | None] = OrderedDict()
+        self._ledger = Ledger()
         self._base = View((), loaded.model, {}, loaded.identity.digest)
         self._live = self._base
 
@@ -95,10 +119,19 @@ class ViewCache:
         """
         return Delta.from_bytes(self._load_delta(digest))
 
-    def sums(self, composition: Composition) -> dict[str, Tensor]:
-        """The fp32 sums ``S`` per edited matrix; the caller must not write to them."""
+    def sums(self, composition: Composition) -> Sums:
+        """What the state adds to each edited matrix."""
         with self._building:
             return self._sum(composition)
+
+    def rows(self, composition: Composition) -> dict[Digest, SubjectRow]:
+        """The ledger's rows in a state, in the order they came in.
+
+        Raises:
+            JournalError: a delta is missing or damaged.
+        """
+        found = {digest: self._row(digest) for digest in composition}
+        return {digest: row for digest, row in found.items() if row is not None}
 
     def state_hash(self, composition: Composition) -> Digest:
         """sha256 over the edited matrices' bytes; the base's own digest for the base."""
@@ -161,17 +194,39 @@ class ViewCache:
         anatomy = self.loaded.anatomy
         matrices: dict[str, Tensor] = {}
         with torch.inference_mode(False), torch.no_grad():
-            for name, total in self._sum(composition).items():
+            sums = self._sum(composition)
+            for name in sums.names:
                 base = self.loaded.model.get_parameter(name)
-                stored = materialise(anatomy.orient(base), total)
+                stored = materialise(anatomy.orient(base), sums.total(name))
                 matrices[name] = anatomy.orient(stored).contiguous()
         model = fork(self.loaded.model)
         graft(model, matrices)
         state = combined_digest(self.base.digest, matrices)
         return View(composition, model, matrices, state)
 
-    def _sum(self, composition: Composition) -> dict[str, Tensor]:
-        """Sums for a composition, from the longest prefix still at hand."""
+    def _sum(self, composition: Composition) -> Sums:
+        rows = self.rows(composition)
+        changes = self._fold(tuple(digest for digest in composition if digest not in rows))
+        device = self.loaded.device
+        return Sums(
+            changes, {name: total.to(device) for name, total in self._ledger.sum(rows).items()}
+        )
+
+    def _row(self, digest: Digest) -> SubjectRow | None:
+        """The row that a delta is, if it is one."""
+        with self._lock:
+            if digest in self._rows:
+                self._rows.move_to_end(digest)
+                return self._rows[digest]
+        row = self.delta(digest).row
+        with self._lock:
+            self._rows[digest] = row
+            while len(self._rows) > KEPT_ROWS:
+                self._rows.popitem(last=False)
+        return row
+
+    def _fold(self, composition: Composition) -> dict[str, Tensor]:
+        """Sums of a composition's changes, from the longest prefix still at hand."""
         start = len(composition)
         while start and composition[:start] not in self._sums:
             start -= 1
@@ -186,7 +241,8 @@ class ViewCache:
                     fresh.add(name)
                 accumulate(sums[name], change)
         self._sums[composition] = sums
-        idle = [key for key in self._sums if key not in (composition, self._live.composition)]
+        live = tuple(digest for digest in self._live.composition if self._row(digest) is None)
+        idle = [key for key in self._sums if key not in (composition, live)]
         for key in idle[: max(0, len(self._sums) - KEPT_SUMS)]:
             del self._sums[key]
         return sums

@@ -3,6 +3,7 @@ from __future__ import annotations
 from fastapi.testclient import TestClient
 
 from tests.api.conftest import fact
+from tests.fakes import FakeWorld
 
 
 def edit(client: TestClient, target: str) -> str:
@@ -46,6 +47,26 @@ def test_revisions_page_and_name_their_cause(client: TestClient) -> None:
     assert [found[f"r{n}"]["cause"] for n in range(3)] == ["base", "edit", "reset"]
     assert found["r1"]["edit"].startswith("e")
     assert (found["r0"]["parent"], found["r1"]["parent"]) == (None, "r0")
+
+
+def test_revisions_and_sandboxes_name_the_deltas_they_take_out(
+    client: TestClient, world: FakeWorld
+) -> None:
+    edit(client, "Rome")
+    first = client.get("/revisions/r1").json()
+    assert (first["removed"], len(first["deltas"])) == ([], 1)
+    sandbox = client.post("/sandboxes", json={"root": "live"}).json()
+    assert (sandbox["removed"], sandbox["deltas"]) == ([], [])
+    world.editor.replaced.update(first["deltas"])
+    body = {"facts": [fact(target="Oslo")], "sandbox": sandbox["id"]}
+    assert client.post("/edits", json=body).status_code == 201
+    edit(client, "Lima")
+    for path in (f"/sandboxes/{sandbox['id']}", "/revisions/r2"):
+        found = client.get(path).json()
+        assert found["removed"] == first["deltas"]
+        assert len(found["deltas"]) == 1
+    for listed in ("/sandboxes", "/revisions"):
+        assert client.get(listed).json()["items"][0]["removed"] == first["deltas"]
 
 
 def test_checkpoints_are_listed_and_forgotten(client: TestClient) -> None:

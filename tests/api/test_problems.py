@@ -251,6 +251,17 @@ def test_a_failure_inside_leaks_nothing_and_changes_nothing(
     assert snapshot(world, client) == before
 
 
+def test_settings_that_fail_in_an_edit_are_the_servers_fault_and_change_nothing(
+    client: TestClient, world: FakeWorld
+) -> None:
+    before = snapshot(world, client)
+    world.editor.failure = errors.SettingsError("The corpus texts.txt is gone.", field="corpus")
+    problem = assert_problem(client.post("/edits", json={"facts": [fact()]}), 503, "corpus")
+    assert problem["detail"] == "The corpus texts.txt is gone."
+    assert problem["type"].endswith(":settings-error")
+    assert snapshot(world, client) == before
+
+
 @pytest.mark.parametrize("as_json", [True, False], ids=["json", "console"])
 def test_the_log_of_a_failure_tells_no_key_and_no_prompt(
     world: FakeWorld,

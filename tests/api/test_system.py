@@ -12,7 +12,7 @@ from anyio import to_thread
 from fastapi.testclient import TestClient
 from httpx2 import ASGITransport, AsyncClient
 
-from app.cli import serve
+from app.cli.server import serve
 from app.main import create_app
 from app.settings import Settings
 from tests.api.conftest import URL, fact, settings

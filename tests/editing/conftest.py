@@ -31,6 +31,10 @@ def hparams(method: str, *layers: int, **others: Any) -> dict[str, Any]:
     gentle: dict[str, Any] = {"null_share": 0.5} if method == "alphaedit" else {}
     if method in ("memit", "memit_seq"):
         gentle["covariance_weight"] = 10.0
+    if method == "ledger":
+        gentle["covariance_weight"] = 1.0
+    if method == "ultraedit":
+        gentle["learning_rate"] = 1e-3
     return {"layers": list(layers), **gentle, **others}
 
 

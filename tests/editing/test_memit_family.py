@@ -37,10 +37,14 @@ def make_bench(editor: Editor, past: Tensor) -> Workbench:
         loaded=views.loaded,
         model=views.private(()),
         sums={},
+        ledger={},
         keys={name: past} if past.shape[1] else {},
         covariance=editor._statistics.covariance,
         null_space=editor._statistics.null_space,
         contexts=editor._context_templates,
+        basis=editor._bases.find,
+        rows={},
+        row_cache=editor._row_cache,
         seed=0,
     )
 

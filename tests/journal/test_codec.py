@@ -15,9 +15,19 @@ from hypothesis import strategies as st
 
 from app.domain import Edit, Expectation, Fact, FactOutcome, Mode
 from app.errors import JournalError
-from app.journal.codec import canonical, decode_edit, decode_value, encode_edit, encode_value
+from app.journal.codec import (
+    canonical,
+    decode_edit,
+    decode_revision,
+    decode_sandbox,
+    decode_value,
+    encode_edit,
+    encode_revision,
+    encode_sandbox,
+    encode_value,
+)
 
-from .examples import NOON, an_edit
+from .examples import NOON, a_revision, a_sandbox, an_edit, digest
 
 FREE_FORM: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -115,3 +125,11 @@ def test_a_stored_fact_that_is_no_longer_valid_is_the_journals_error_not_the_cal
     plain["outcomes"][0]["fact"]["subject"] = " "
     with pytest.raises(JournalError, match="no longer valid"):
         decode_edit(plain)
+
+
+def test_a_revision_and_a_sandbox_come_back_with_what_they_removed() -> None:
+    edit, removed = an_edit(1), (digest("b"), digest("a"))
+    revision = replace(a_revision(3, edit=edit), removed=removed)
+    sandbox = replace(a_sandbox("s1", edit), removed=removed)
+    assert decode_revision(json.loads(canonical(encode_revision(revision)))) == revision
+    assert decode_sandbox(json.loads(canonical(encode_sandbox(sandbox)))) == sandbox

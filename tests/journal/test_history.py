@@ -60,7 +60,18 @@ def compose(revisions: dict[int, Revision], number: int) -> Composition:
     if revision.restored is not None:
         return compose(revisions, revision.restored)
     before = () if revision.parent is None else compose(revisions, revision.parent)
-    return before + revision.deltas
+    return (*(delta for delta in before if delta not in revision.removed), *revision.deltas)
+
+
+def replace_delta(journal: Journal, number: int, place: int) -> Revision:
+    """Commit edit ``number`` in the place of one delta of the head, if it has any."""
+    head = journal.head()
+    edit, live = an_edit(number, parent=head.number), journal.composition(head.number)
+    removed = (live[place % len(live)],) if live else ()
+    journal.prepare_edit(edit)
+    revision = replace(a_revision(head.number + 1, edit=edit), removed=removed)
+    journal.commit_edit(edit, revision=revision, sandboxes=[])
+    return revision
 
 
 # The base --------------------------------------------------------------------------------
@@ -94,18 +105,21 @@ def test_an_unbound_journal_has_no_head() -> None:
 # Revisions -------------------------------------------------------------------------------
 
 
-@given(st.lists(st.none() | st.integers(0, 40), max_size=25))
-@settings(max_examples=30, deadline=None)
+@given(st.lists(st.none() | st.integers(0, 40) | st.tuples(st.integers(0, 40)), max_size=25))
+@settings(max_examples=40, deadline=None)
 def test_compositions_equal_the_plain_recursive_reference(
-    steps: list[int | None],
+    steps: list[int | tuple[int] | None],
 ) -> None:
-    """``None`` commits an edit, a number restores the revision that it comes to."""
+    """``None`` commits an edit, a number restores the revision that it comes to, ``(place,)``
+    commits an edit that replaces a delta."""
     journal = Journal.open("sqlite://")
     try:
         journal.bind(BASE)
         for step, target in enumerate(steps):
             if target is None:
                 commit_sequential(journal, step)
+            elif isinstance(target, tuple):
+                replace_delta(journal, step, target[0])
             else:
                 restore(journal, target % (step + 1))
             if step % 3 == 0:
@@ -117,6 +131,21 @@ def test_compositions_equal_the_plain_recursive_reference(
         assert journal.verify() == []
     finally:
         journal.close()
+
+
+def test_what_a_revision_removed_is_gone_from_it_and_from_no_other(journal: Journal) -> None:
+    for number in (1, 2):
+        commit_sequential(journal, number)
+    revision = replace_delta(journal, 3, 0)
+    restore(journal, 2)
+    assert journal.revision(3) == revision
+    assert [journal.composition(number) for number in (2, 3, 4)] == [
+        (digest(1), digest(2)),
+        (digest(2), digest(3)),
+        (digest(1), digest(2)),
+    ]
+    assert journal.deltas() == {digest(1), digest(2), digest(3)}
+    assert journal.verify() == []
 
 
 def test_a_long_history_is_composed_without_recursion() -> None:
@@ -194,6 +223,42 @@ def test_a_sandbox_that_forgets_its_edits_is_refused(journal: Journal) -> None:
         journal.commit_edit(second, revision=None, sandboxes=[a_sandbox("s1", second)])
     assert journal.sandbox("s1") == a_sandbox("s1", first)
     assert journal.edit(second.id).status is EditStatus.PREPARED
+
+
+def test_a_sandbox_may_replace_its_own_deltas_and_its_roots(journal: Journal) -> None:
+    first, second, root = an_edit(1), an_edit(2), digest("of the root")
+    journal.add_sandbox(a_sandbox("s1", first))
+    journal.prepare_edit(second)
+    grown = replace(a_sandbox("s1", first, second), removed=(root,), deltas=second.deltas)
+    journal.commit_edit(second, revision=None, sandboxes=[grown])
+    assert journal.sandbox("s1") == grown
+    assert journal.verify() == []
+
+
+@pytest.mark.parametrize(
+    ("removed", "deltas"),
+    [
+        ((digest("of the root"),), (digest("another"), digest(1), digest(2))),
+        ((digest("of the root"),), (digest(2), digest(1))),
+        ((), (digest(1), digest(2))),
+        ((digest("another"), digest("of the root")), (digest(1), digest(2))),
+    ],
+    ids=["a delta brought in below", "the order changed", "a removal undone", "one put before it"],
+)
+def test_what_a_sandbox_had_stays_where_it_was(
+    journal: Journal, removed: tuple[str, ...], deltas: tuple[str, ...]
+) -> None:
+    first, second = an_edit(1), an_edit(2)
+    before = replace(a_sandbox("s1", first), removed=(digest("of the root"),))
+    journal.add_sandbox(before)
+    journal.prepare_edit(second)
+    grown = replace(a_sandbox("s1", first, second), removed=before.removed)
+    other = replace(grown, removed=removed, deltas=deltas)
+    with pytest.raises(Conflict, match="does not continue"):
+        journal.commit_edit(second, revision=None, sandboxes=[other])
+    assert journal.sandbox("s1") == before
+    journal.commit_edit(second, revision=None, sandboxes=[grown])
+    assert journal.sandbox("s1") == grown
 
 
 def test_measured_edits_are_on_record_and_change_nothing(journal: Journal) -> None:

@@ -5,17 +5,24 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Column, Integer, inspect
+from sqlalchemy import column as sql_column
+from sqlalchemy import table as sql_table
+from sqlalchemy.orm import Session
 
+from app.domain import Cause, Revision
 from app.errors import JournalError
 from app.journal import Journal
+from app.journal.codec import Plain, canonical, encode_base, encode_revision, encode_sandbox
 from app.journal.database import Database
+from app.journal.log import Kind, append_entry
 from app.journal.tables import Base, CheckpointRow
 
-from .examples import BASE
+from .examples import BASE, NOON, a_revision, a_sandbox, an_edit, digest
 
 
 @pytest.fixture
@@ -53,6 +60,47 @@ def test_migrations_go_down_and_up_again(database: Database) -> None:
     journal = Journal(database)
     journal.bind(BASE)
     assert journal.verify() == []
+
+
+def write_old(session: Session, table: str, kind: Kind, values: Plain) -> None:
+    """Log an entry and its row as a journal of schema 0001 did: without ``removed``."""
+    del values["removed"]
+    seq = append_entry(session, kind, values)
+    row = {**values, "seq": seq} if table == "sandboxes" else values
+    columns = {
+        name: canonical(value) if isinstance(value, list) else value for name, value in row.items()
+    }
+    session.execute(
+        sql_table(table, *(sql_column(name) for name in columns)).insert().values(columns)
+    )
+
+
+def test_a_journal_of_the_first_schema_is_upgraded_and_sound(
+    database: Database, file: Path
+) -> None:
+    database.downgrade("0001")
+    base = Revision(0, None, Cause.BASE, BASE.digest, NOON)
+    edited, sandbox = replace(a_revision(1), deltas=(digest(1),)), a_sandbox("s1", an_edit(2))
+    with database.writing() as session:
+        append_entry(session, Kind.BASE_BOUND, encode_base(BASE))
+        for revision in (base, edited):
+            write_old(session, "revisions", Kind.REVISION_APPENDED, encode_revision(revision))
+        write_old(session, "sandboxes", Kind.SANDBOX_ADDED, encode_sandbox(sandbox))
+    journal = Journal.open(f"sqlite:///{file}")
+    try:
+        journal.bind(BASE)
+        assert journal.verify() == []
+        assert journal.revisions(9, None).items == (edited, base)
+        assert journal.composition(1) == (digest(1),)
+        assert journal.sandbox("s1") == sandbox
+        database.downgrade("0001")
+        database.upgrade()
+        assert journal.verify() == []
+        journal.append_revision(replace(a_revision(2), removed=(digest(1),), deltas=(digest(3),)))
+        assert journal.composition(2) == (digest(3),)
+        assert journal.verify() == []
+    finally:
+        journal.close()
 
 
 def test_opening_again_changes_nothing(journal: Journal, file: Path) -> None:

@@ -1,0 +1,98 @@
+"""Hyperparameters recommended per method and model, from the tables in ``recommended/``.
+
+A table is one TOML file per method with a row per model; ``models.toml`` says by which shape a
+model is known, and ``like`` takes the rows of another table. Comments in the tables say what was
+carried over from the published ones and how.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from app.weights.loading import LoadedModel
+
+FOLDER = Path(__file__).parent / "recommended"
+DEFAULT_DEPTH = 0.2  # GPT2-XL was edited at .35, GPT-J and Llama at .16 to .18 of the depth
+WIDEST = 5  # layers edited at most in an unknown model
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a model is known by: ``width`` is d, ``inner_width`` d_ff, ``depth`` its layers."""
+
+    model_type: str
+    width: int
+    inner_width: int
+    depth: int
+
+    @staticmethod
+    def of(loaded: LoadedModel) -> Shape:
+        anatomy = loaded.anatomy
+        return Shape(
+            anatomy.architecture.model_type, *anatomy.shape(loaded.model, 0), anatomy.depth
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """``hparams`` in our units; ``published`` are figures of the source that are not used,
+    because their units can't be converted without the model."""
+
+    title: str
+    shape: Shape
+    hparams: Mapping[str, Any]
+    published: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """``depth`` is the share of an unknown model's depth at which edits end."""
+
+    depth: float = DEFAULT_DEPTH
+    rows: tuple[Row, ...] = field(default=())
+
+    def recommend(self, shape: Shape, parameters: Collection[str]) -> dict[str, Any]:
+        """Hyperparameters for a model of this shape, of a method with these ``parameters``: its
+        row's, over the layers an unknown model is edited at."""
+        layers = default_layers(shape.depth, self.depth)
+        found: dict[str, Any] = {}
+        if "layer" in parameters:
+            found["layer"] = layers[-1]
+        if "layers" in parameters:
+            found["layers"] = layers
+        for row in self.rows:
+            if row.shape == shape:
+                found.update(row.hparams)
+        return found
+
+
+def default_layers(depth: int, share: float) -> tuple[int, ...]:
+    """Up to five layers that end at ``share`` of the depth; one on a shallow model."""
+    last = min(round(share * depth), depth - 1)
+    return tuple(range(max(0, last - min(WIDEST - 1, depth // 8)), last + 1))
+
+
+def read_table(method: str) -> Table:
+    """The method's table; one without rows where it has no file."""
+    path = FOLDER / f"{method}.toml"
+    if not path.is_file():
+        return Table()
+    content = _read(path)
+    like = read_table(content.pop("like")) if "like" in content else Table()
+    depth = content.pop("depth", like.depth)
+    models = _read(FOLDER / "models.toml")
+    return Table(depth, (*like.rows, *(_row(models[name], row) for name, row in content.items())))
+
+
+def _row(model: Mapping[str, Any], row: Mapping[str, Any]) -> Row:
+    keys = {key: value for key, value in model.items() if key != "title"}
+    hparams = {key: value for key, value in row.items() if key != "published"}
+    return Row(model["title"], Shape(**keys), hparams, row.get("published", {}))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,145 @@
+"""The ledger: what a set of rows adds to the weights, as a function of the set alone.
+
+``A₀ = λ(C₀ + ridge) + ν Σ k kᵀ`` weighs ordinary text, and the keys of names (*anchors*) that
+should stay. Against it the live rows, with keys ``K`` and residuals ``R`` frozen at the base
+model, and without the anchors that they lift, ask for ``ΔW = R Kᵀ A⁻¹`` with
+``A = A₀ + K Kᵀ − ν Σ_lifted k kᵀ``: the least-squares change that gives every key its residual
+and leaves the rest alone. A row taken out leaves the bytes of a set that never had it, because
+the sum is always solved anew from the rows, in their canonical order, with reproducible
+arithmetic. With ``N = [K, lifted keys]`` the solve is as large as the set:
+``ΔW = [R, 0] (D⁻¹ + NᵀA₀⁻¹N)⁻¹ NᵀA₀⁻¹``, ``D`` the columns' weights 1 and −ν.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from app.domain import Digest
+from app.weights.delta import SubjectRow
+from app.weights.reproducible import matmul, solve_quasidefinite
+
+KEPT_SUMS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A row or a lifted anchor in one matrix: ``key``, ``solved`` ``A₀⁻¹k``, both ``(d_ff,)``."""
+
+    key: Tensor
+    solved: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _System:
+    """Keys ``Nᵀ`` and ``solved`` ``(A₀⁻¹N)ᵀ`` ``(n, d_ff)`` of columns, in the order of their
+    names, and ``gram`` ``NᵀA₀⁻¹N`` ``(n, n)``, all in fp64."""
+
+    order: tuple[str, ...]
+    keys: Tensor
+    solved: Tensor
+    gram: Tensor
+
+    def arrange(self, order: Sequence[str]) -> _System:
+        """The same for some of the columns, in another order."""
+        at = {name: place for place, name in enumerate(self.order)}
+        places = [at[name] for name in order]
+        gram = self.gram[places][:, places]
+        return _System(tuple(order), self.keys[places], self.solved[places], gram)
+
+    def extend(self, columns: Mapping[str, _Column]) -> _System:
+        """The same with further columns; an entry of ``gram`` is what it would be alone."""
+        fresh = _read_system(columns)
+        upper = torch.cat([self.gram, matmul(self.keys, fresh.solved.T)], dim=1)
+        lower = torch.cat([matmul(fresh.keys, self.solved.T), fresh.gram], dim=1)
+        return _System(
+            (*self.order, *fresh.order),
+            torch.cat([self.keys, fresh.keys]),
+            torch.cat([self.solved, fresh.solved]),
+            torch.cat([upper, lower]),
+        )
+
+
+class Ledger:
+    """Sums of sets of rows, the latest few kept. A set that differs from the last by a few rows
+    computes only their part of the Gram matrix. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._sums: OrderedDict[frozenset[Digest], dict[str, Tensor]] = OrderedDict()
+        self._systems: dict[tuple[str, str], _System] = {}
+
+    def sum(self, rows: Mapping[Digest, SubjectRow]) -> dict[str, Tensor]:
+        """``ΔW`` ``(d, d_ff)`` in fp32 per matrix; the caller must not write to it.
+
+        Raises:
+            EditRejected: the rows' keys can't be told apart.
+        """
+        key = frozenset(rows)
+        if not key:
+            return {}
+        if key not in self._sums:
+            self._sums[key] = self._solve(rows)
+            while len(self._sums) > KEPT_SUMS:
+                self._sums.popitem(last=False)
+        self._sums.move_to_end(key)
+        return self._sums[key]
+
+    def _solve(self, rows: Mapping[Digest, SubjectRow]) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = {}
+        for basis, name in sorted({(r.basis, name) for r in rows.values() for name in r.vectors}):
+            members = {
+                digest: rows[digest]
+                for digest in sorted(rows)
+                if rows[digest].basis == basis and name in rows[digest].vectors
+            }
+            columns = _read_columns(members, name)
+            system = _renew(self._systems.get((basis, name)), columns)
+            self._systems[basis, name] = system
+            part = _solve_system(system, list(members.values()), name).float()
+            sums[name] = sums[name] + part if name in sums else part
+        return sums
+
+
+def _read_columns(rows: Mapping[Digest, SubjectRow], matrix: str) -> dict[str, _Column]:
+    """The rows' columns by digest, then those of the anchors they lift by name, each once."""
+    columns: dict[str, _Column] = {}
+    lifted: dict[str, _Column] = {}
+    for digest, row in rows.items():
+        vectors = row.vectors[matrix]
+        columns[digest] = _Column(vectors.key, vectors.solved)
+        pairs = zip(vectors.anchor_keys, vectors.anchor_solved, strict=True)
+        for name, (key, solved) in zip(row.anchors, pairs, strict=True):
+            lifted.setdefault(f"anchor {name}", _Column(key, solved))
+    return columns | dict(sorted(lifted.items()))
+
+
+def _renew(known: _System | None, columns: Mapping[str, _Column]) -> _System:
+    """The system of ``columns``, with what ``known`` has of it taken over."""
+    kept = [name for name in columns if known is not None and name in known.order]
+    if known is None or not kept:
+        return _read_system(columns)
+    fresh = {name: column for name, column in columns.items() if name not in known.order}
+    system = known.arrange(kept)
+    return system.extend(fresh).arrange(tuple(columns)) if fresh else system
+
+
+def _read_system(columns: Mapping[str, _Column]) -> _System:
+    keys = torch.stack([column.key.double() for column in columns.values()])
+    solved = torch.stack([column.solved.double() for column in columns.values()])
+    return _System(tuple(columns), keys, solved, matmul(keys, solved.T))
+
+
+def _solve_system(system: _System, rows: Sequence[SubjectRow], matrix: str) -> Tensor:
+    """``[R, 0] (D⁻¹ + NᵀA₀⁻¹N)⁻¹ NᵀA₀⁻¹`` ``(d, d_ff)`` in fp64."""
+    residuals = torch.stack([row.vectors[matrix].residual.double() for row in rows])
+    right = residuals.new_zeros(len(system.order), residuals.shape[1])
+    right[: len(rows)] = residuals
+    core = (system.gram + system.gram.T).mul_(0.5)
+    core.diagonal()[: len(rows)].add_(1.0)
+    if len(system.order) > len(rows):
+        core.diagonal()[len(rows) :].sub_(1.0 / rows[0].anchor_weight)
+    return matmul(solve_quasidefinite(core, right, len(rows)).T, system.solved)

@@ -208,8 +208,8 @@ def test_stopping_refuses_the_waiting_and_ends_the_one_in_progress(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started, release = hold_edits(bench, monkeypatch)
-    running = bench.service.submit_edit(EditCommand((FACT,), hparams=QUICK))
-    waiting = bench.service.submit_edit(EditCommand((OTHER,), hparams=QUICK))
+    running = bench.service.submit_edit(EditCommand((FACT,), method="rome", hparams=QUICK))
+    waiting = bench.service.submit_edit(EditCommand((OTHER,), method="rome", hparams=QUICK))
     assert started.wait(30)
     assert bench.service.ready
     bench.service.stop_accepting()
@@ -420,7 +420,7 @@ def test_reads_go_on_while_an_edit_is_computed(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started, release = hold_edits(bench, monkeypatch)
-    future = bench.service.submit_edit(EditCommand((FACT,), hparams=QUICK))
+    future = bench.service.submit_edit(EditCommand((FACT,), method="rome", hparams=QUICK))
     assert started.wait(30)
     ((view, answer),) = bench.service.generate(FACT.text, ["live"], Sampling(5))
     assert view.revision == 0

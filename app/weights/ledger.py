@@ -36,8 +36,8 @@ class _Column:
 
 @dataclass(frozen=True, slots=True)
 class _System:
-    """Keys ``Nᵀ`` and ``solved`` ``(A₀⁻¹N)ᵀ`` ``(n, d_ff)`` of columns, in the order of their
-    names, and ``gram`` ``NᵀA₀⁻¹N`` ``(n, n)``, all in fp64."""
+    """Keys ``Nᵀ`` and ``solved`` ``(A₀⁻¹N)ᵀ`` ``(n, d_ff)`` of columns in fp32, in the order of
+    their names, and ``gram`` ``NᵀA₀⁻¹N`` ``(n, n)`` in fp64."""
 
     order: tuple[str, ...]
     keys: Tensor
@@ -128,8 +128,8 @@ def _renew(known: _System | None, columns: Mapping[str, _Column]) -> _System:
 
 
 def _read_system(columns: Mapping[str, _Column]) -> _System:
-    keys = torch.stack([column.key.double() for column in columns.values()])
-    solved = torch.stack([column.solved.double() for column in columns.values()])
+    keys = torch.stack([column.key for column in columns.values()])
+    solved = torch.stack([column.solved for column in columns.values()])
     return _System(tuple(columns), keys, solved, matmul(keys, solved.T))
 
 

@@ -15,18 +15,22 @@ from app.errors import EditRejected
 
 SLICE_BITS = 21
 EXACT_TERMS = 2 ** (53 - 2 * SLICE_BITS)  # so many products of two slices sum without rounding
-BLOCK = 64
+BLOCK = 64  # columns factorised at once
+TILE = 256  # rows and columns of a product made at once
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` for ``(m, k)`` and ``(k, n)`` in fp64, to about 2⁻⁴⁰ of the product of a
-    row's and a column's largest entries, times ``k`` (one or more). An entry depends on its row
-    and its column only, so blocks may be computed apart."""
-    starts = range(0, left.shape[1], EXACT_TERMS)
-    blocks = [(left[:, i : i + EXACT_TERMS], right[i : i + EXACT_TERMS]) for i in starts]
-    total = _exact_block(*blocks[0])
-    for block in blocks[1:]:
-        total.add_(_exact_block(*block))
+    """``left @ right`` in fp64 for ``(m, k)`` and ``(k, n)``, ``k`` one or more, to about 2⁻⁴⁰ of
+    the product of a row's and a column's largest entries, times ``k``. An entry depends on its row
+    and its column only. Computed in tiles, so what is held beside the result doesn't grow."""
+    total = left.new_zeros(left.shape[0], right.shape[1], dtype=torch.float64)
+    for top in range(0, total.shape[0], TILE):
+        for side in range(0, total.shape[1], TILE):
+            tile = total[top : top + TILE, side : side + TILE]
+            for first in range(0, left.shape[1], EXACT_TERMS):
+                terms = slice(first, first + EXACT_TERMS)
+                rows, columns = left[top : top + TILE, terms], right[terms, side : side + TILE]
+                tile.add_(_exact_block(rows.double(), columns.double()))
     return total
 
 

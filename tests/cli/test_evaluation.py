@@ -95,7 +95,7 @@ def test_limit_takes_the_files_first_facts(
         (["--batch-size", "0"], "batch size"),
         (["--limit", "0"], "limit"),
         (["--hparam", "layer"], "key=value"),
-        (["--hparam", "layer=99"], "layers 0 to 3"),
+        (["--hparam", "layers=[99]"], "layers 0 to 3"),
         (["--device", "abacus"], "abacus"),
         (["--dtype", "int3"], "int3"),
     ],

@@ -32,7 +32,7 @@ def hparams(method: str, *layers: int, **others: Any) -> dict[str, Any]:
     if method in ("memit", "memit_seq"):
         gentle["covariance_weight"] = 10.0
     if method == "ledger":
-        gentle["covariance_weight"] = 1.0
+        gentle.update(covariance_weight=1.0, anchor_weight=0.01)
     if method == "ultraedit":
         gentle["learning_rate"] = 1e-3
     return {"layers": list(layers), **gentle, **others}

@@ -45,10 +45,11 @@ def test_a_plan_holds_every_hyperparameter_that_will_be_used(
 ) -> None:
     editor, _ = make_editor()
     plan = editor.plan(None, {"steps": 3})
-    assert plan.method == "rome"
+    assert plan.method == "ledger"
     assert plan.hparams["steps"] == 3
-    assert plan.hparams["layer"] == 1
-    assert editor.plan("rome", plan.hparams) == plan
+    assert plan.hparams["layers"] == [1]
+    assert plan.hparams.keys() == METHODS["ledger"].parameters.model_fields.keys()
+    assert editor.plan("ledger", plan.hparams) == plan
 
 
 def test_the_models_own_recommendations_come_before_the_defaults(

@@ -16,7 +16,7 @@ import os
 import resource
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -26,17 +26,17 @@ from time import perf_counter, process_time
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from app.domain import Composition, EditPlan, Fact
+from app.domain import Composition, Digest, EditPlan, Fact
 from app.editing.editor import Editor
 from app.evaluation.datasets import read_facts
 from app.evaluation.evaluator import Evaluator
 from app.main import configure_logging
+from app.weights.delta import Delta, Dense
 from app.weights.loading import LoadedModel, load_model
 from app.weights.views import ViewCache
 from benchmarks.flops import matmul_rate, smallest_flops
-from benchmarks.reference import PlainEditor
+from benchmarks.reference import PlainEditor, PlainStatistics
 
 MODES = ("independent", "sequential", "batch")
 
@@ -69,7 +69,7 @@ class Bench:
         self._editor = Editor(self._views, data=data, statistics_tokens=chosen.statistics_tokens)
         self.plan = self._editor.plan(chosen.method, read_hparams(self._editor, chosen))
         self._mode, self._size = chosen.mode, chosen.batch_size
-        self._reference_contexts = chosen.reference_contexts
+        self._plain_hparams = {**self.plan.hparams, **json.loads(chosen.reference_hparams)}
 
     def warm(self, facts: Sequence[Fact]) -> float:
         """Edit one fact, forget it; the seconds its statistics took."""
@@ -92,8 +92,7 @@ class Bench:
                     timings={},
                 )
             for proposal in proposals:
-                digest = sha256(proposal.payload).hexdigest()
-                self._deltas[digest] = proposal.payload
+                digest = self._keep(proposal.payload)
                 state = (*state, digest) if self._mode == "sequential" else (digest,)
                 run.states += [state] * (1 if self._mode == "independent" else len(batch))
                 run.steps += [int(detail["steps"]) for detail in proposal.details]
@@ -110,40 +109,48 @@ class Bench:
             "locality": assessment.metrics.get("locality"),
         }
 
-    def contexts(self, count: int | None = None) -> tuple[str, ...]:
-        """The templates prompts are read in; those of the plan if ``count`` is left out."""
-        hparams = self.plan.hparams
-        number = hparams["contexts"] if count is None else count
-        return self._editor._context_templates(number, hparams["context_length"])
+    def contexts(self) -> tuple[str, ...]:
+        """The templates prompts are read in."""
+        return self._contexts(self.plan.hparams)
 
-    def plain(self) -> PlainEditor:
-        """The reference on a private copy of the base, with this editor's statistics."""
-        hparams, statistics = self.plan.hparams, self._editor._statistics
+    def _contexts(self, hparams: Mapping[str, Any]) -> tuple[str, ...]:
+        return self._editor._context_templates(hparams["contexts"], hparams["context_length"])
 
-        def projector(layer: int) -> Tensor:
-            basis = statistics.null_space(layer, hparams["null_share"])
-            return basis @ basis.T
-
+    def plain(self, statistics: PlainStatistics) -> PlainEditor:
+        """The reference on a private copy of the base."""
         return PlainEditor(
             model=self._views.private(()),
             loaded=self.loaded,
             method=self.plan.method,
-            hparams=hparams,
-            contexts=self.contexts(self._reference_contexts),
-            covariance=lambda layer: statistics.covariance(layer, hparams["ridge"]).matrix(),
-            projector=projector,
+            hparams=self._plain_hparams,
+            contexts=self._contexts(self._plain_hparams),
+            statistics=statistics,
         )
 
     def edit_plainly(self, facts: Sequence[Fact]) -> Run:
         """The same facts by the reference, on the clock."""
         run = Run()
-        editor = self.plain()
+        statistics = PlainStatistics(self._editor._statistics, self._plain_hparams)
+        statistics.prepare(self.plan.method)
+        state: Composition = ()
+        editor = self.plain(statistics)
         for batch in batches_of(facts, 1 if self._mode == "independent" else self._size):
             with run.timing():
-                editor.edit(batch)
+                changes = editor.edit(batch)
+            dense = {name: Dense(change.float()) for name, change in changes.items()}
+            digest = self._keep(Delta(dense).to_bytes())
+            state = (*state, digest) if self._mode == "sequential" else (digest,)
+            run.states += [state] * len(batch)
             if self._mode != "sequential":
-                editor = self.plain()
+                editor = self.plain(statistics)
+        if self._mode == "sequential":
+            run.states = [state] * len(facts)
         return run
+
+    def _keep(self, payload: bytes) -> Digest:
+        digest = sha256(payload).hexdigest()
+        self._deltas[digest] = payload
+        return digest
 
 
 def read_hparams(editor: Editor, chosen: argparse.Namespace) -> dict[str, Any]:
@@ -224,6 +231,9 @@ def measure(chosen: argparse.Namespace, data: Path) -> dict[str, Any]:
             "ratio": plain.seconds / len(compared) / per_edit,
             "ratio_cpu": plain.cpu_seconds / len(compared) / (run.cpu_seconds / len(facts)),
         }
+        if not chosen.no_quality:
+            found = bench.quality(compared, plain)
+            report |= {f"{name}_reference": figure for name, figure in found.items()}
     return report | ({} if chosen.no_quality else bench.quality(facts, run))
 
 
@@ -243,7 +253,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hparams", default="{}", help="JSON object, over the defaults")
     parser.add_argument("--against", choices=["reference"])
     parser.add_argument("--reference-n", type=int, help="facts the reference is timed on")
-    parser.add_argument("--reference-contexts", type=int, help="prefixes the reference takes")
+    parser.add_argument(
+        "--reference-hparams", default="{}", help="JSON object, over the run's, for the reference"
+    )
     parser.add_argument("--no-quality", action="store_true", help="don't generate answers")
     parser.add_argument("--statistics-tokens", type=int)
     parser.add_argument("--data", type=Path, help="folder to keep statistics in")

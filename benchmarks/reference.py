@@ -1,18 +1,29 @@
 """The published procedure, plainly: what every fast path must agree with, and be faster than.
 
-As in the official code of ROME, MEMIT and AlphaEdit: one fact's value after another, each step a
-full forward pass with logits at all positions, all steps taken; keys from passes of their own,
-through the whole model; updates by dense solves in the width of the MLP. The loss, the steps'
+It does what the official code of ROME, MEMIT and AlphaEdit does, no more and no less:
+
+- one fact's value after another; each step a whole pass over all contexts and the essence prompt,
+  padded to the longest, with logits at all positions; one evaluation more than there are steps;
+- MEMIT and AlphaEdit apply the head a second time, to all positions of the target rows, and take
+  the target's loss from that; ROME takes it from the first;
+- keys, and the values the model gives by now, from whole passes per layer;
+- dense solves in the width of the MLP, per layer and edit: MEMIT's in fp64, AlphaEdit's in fp32.
+  Covariances, ROME's inverse and the projector are computed once per model, before the clock;
+- AlphaEdit reads all keys once more after the edit, to remember them.
+
+Two things are plainer than there: passes that read keys take one fact's contexts at a time, not
+128 rows, and a value's scale is read in a pass of its own, over one row. The loss, the steps'
 size and the regularisation are this project's (``ValueParameters``), so that both sides can be
 given the same contexts, steps and statistics.
 
 Sources: Meng et al. 2022 (arXiv 2202.05262), Meng et al. 2023 (arXiv 2210.07229), Gupta et al.
-2024 (arXiv 2403.14236), Fang et al. 2025 (arXiv 2410.02355).
+2024 (arXiv 2403.14236), Fang et al. 2025 (arXiv 2410.02355); github.com/kmeng01/rome,
+github.com/kmeng01/memit, github.com/zjunlp/EasyEdit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +32,15 @@ from torch import Tensor
 
 from app.domain import SUBJECT_SLOT, Fact
 from app.editing.parameters import ValueParameters
+from app.editing.statistics import Statistics
 from app.weights.fork import graft
+from app.weights.head import logits_of
 from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
 from app.weights.prompts import TracedPrompt, pad_rows, trace_prompt
 from app.weights.tracing import changing_output, tracing_input
+
+REMEMBERING = ("alphaedit", "memit_seq")  # methods that protect the edits they made
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +58,18 @@ def search_value(
     layer: int,
     contexts: Sequence[str],
     settings: ValueParameters,
+    *,
+    head_twice: bool,
 ) -> PlainValue:
-    """One fact's value: ``settings.steps`` Adam steps through the whole model."""
+    """One fact's value: Adam steps through the whole model, and the loss behind the last, until
+    that is below ``stop_loss`` or ``settings.steps`` are taken."""
     targets = [_trace(loaded, context, fact, target=True) for context in contexts]
     essence = [trace_prompt(loaded, prompt, fact.subject) for prompt in settings.essence]
     rows = targets + essence
-    ids, mask = pad_rows([row.ids for row in rows], loaded.pad_id, loaded.device)
+    # The target's last token is predicted, never read.
+    shown = [row.ids[: max(len(row.ids) - 1, row.subject + 1)] for row in targets]
+    shown += [row.ids for row in essence]
+    ids, mask = pad_rows(shown, loaded.pad_id, loaded.device)
     hidden = read_scale(model, loaded, fact, layer)
     unit = hidden.norm() / len(hidden) ** 0.5
     z = torch.zeros_like(hidden, requires_grad=True)
@@ -56,17 +77,22 @@ def search_value(
     ends = [len(row.ids) - 1 for row in essence]
     numbers = list(range(len(targets), len(rows)))
     base: Tensor | None = None
-    for _ in range(settings.steps):
+    for step in range(settings.steps + 1):
         delta = unit * z
-        logits = _run(model, loaded, layer, ids, mask, [row.subject for row in rows], delta)
+        logits, states = _run(model, loaded, layer, ids, mask, [r.subject for r in rows], delta)
+        now = logits[numbers, ends].float().log_softmax(dim=-1)
+        if head_twice:
+            logits = logits_of(model, states[: len(targets)])
         logprobs = logits.float().log_softmax(dim=-1)
-        now = logprobs[numbers, ends]
         base = now.detach() if base is None else base
         nll = torch.stack([_loss(logprobs[i], row) for i, row in enumerate(targets)]).mean()
         kl = (base.exp() * (base - now)).sum(dim=1).mean() if essence else nll * 0
         decay = delta.norm() / hidden.norm() ** 2
+        loss = nll + settings.kl_weight * kl + settings.weight_decay * decay
+        if step == settings.steps or float(loss.detach()) < settings.stop_loss:
+            break
         adam.zero_grad()
-        torch.autograd.backward(nll + settings.kl_weight * kl + settings.weight_decay * decay)
+        torch.autograd.backward(loss)
         adam.step()
         with torch.no_grad():
             size, bound = (unit * z).norm(), settings.clamp * hidden.norm()
@@ -114,21 +140,59 @@ def read_scale(model: LanguageModel, loaded: LoadedModel, fact: Fact, layer: int
     return found[0]
 
 
+class PlainStatistics:
+    """What the procedure takes as given, each computed once: matrices ``(d_ff, d_ff)`` in fp64
+    by layer."""
+
+    def __init__(self, statistics: Statistics, hparams: Mapping[str, Any]) -> None:
+        self._statistics = statistics
+        self._hparams = hparams
+        self._covariances: dict[int, Tensor] = {}
+        self._inverses: dict[int, Tensor] = {}
+        self._projectors: dict[int, Tensor] = {}
+
+    def prepare(self, method: str) -> None:
+        """Compute what the method will ask for."""
+        for layer in self._hparams.get("layers") or [self._hparams["layer"]]:
+            if method == "alphaedit":
+                self.projector(layer)
+            elif method == "rome":
+                self.inverse(layer)
+            else:
+                self.covariance(layer)
+
+    def covariance(self, layer: int) -> Tensor:
+        """``C₀`` and its ridge."""
+        if layer not in self._covariances:
+            found = self._statistics.covariance(layer, self._hparams["ridge"])
+            self._covariances[layer] = found.matrix()
+        return self._covariances[layer]
+
+    def inverse(self, layer: int) -> Tensor:
+        """The inverse of ``covariance``."""
+        if layer not in self._inverses:
+            self._inverses[layer] = torch.linalg.inv(self.covariance(layer))
+        return self._inverses[layer]
+
+    def projector(self, layer: int) -> Tensor:
+        """The projector on the null space."""
+        if layer not in self._projectors:
+            basis = self._statistics.null_space(layer, self._hparams["null_share"])
+            self._projectors[layer] = basis @ basis.T
+        return self._projectors[layer]
+
+
 @dataclass(slots=True)
 class PlainEditor:
-    """The published methods on a private ``model``, which each edit moves on.
-
-    ``covariance(layer)`` is ``C₀`` plus ridge and ``projector(layer)`` the projector on the null
-    space, both ``(d_ff, d_ff)`` in fp64; ``hparams`` are those of a plan.
-    """
+    """The published methods on a private ``model``, which each edit moves on; ``hparams`` are
+    those of a plan."""
 
     model: LanguageModel
     loaded: LoadedModel
     method: str
     hparams: Mapping[str, Any]
     contexts: Sequence[str]
-    covariance: Callable[[int], Tensor]
-    projector: Callable[[int], Tensor]
+    statistics: PlainStatistics
     past: dict[int, Tensor] = field(default_factory=dict)  # ΣKKᵀ (d_ff, d_ff) by layer
 
     def edit(self, facts: Sequence[Fact]) -> dict[str, Tensor]:
@@ -143,7 +207,7 @@ class PlainEditor:
         keys = read_keys(self.model, self.loaded, fact, layer, self.contexts).double()
         value = self._search(fact, layer)
         key = keys.mean(dim=0)
-        direction = torch.linalg.solve(self.covariance(layer), key)
+        direction = self.statistics.inverse(layer) @ key
         read = key if self.hparams["consistent_key"] else keys[0]
         return self._write(layer, value.delta.double().outer(direction / (direction @ read)))
 
@@ -158,37 +222,44 @@ class PlainEditor:
         for index, layer in enumerate(layers):
             now = [read_scale(self.model, self.loaded, fact, last) for fact in facts]
             residual = (wanted - torch.stack(now)).double() / (len(layers) - index)
-            keys = torch.stack(
-                [
-                    read_keys(self.model, self.loaded, fact, layer, self.contexts).mean(dim=0)
-                    for fact in facts
-                ]
-            ).double()
-            right = self._solve(layer, keys.T)
-            changes |= self._write(layer, residual.T @ right.T)
-            self.past[layer] = self._past(layer, keys) + keys.T @ keys
+            keys = self._read(facts, layer)
+            changes |= self._write(layer, self._solve(layer, keys.T, residual.T))
+        if self.method in REMEMBERING:
+            for layer in layers:
+                keys = self._read(facts, layer)
+                self.past[layer] = self._past(layer, keys) + keys.T @ keys
         return changes
 
-    def _solve(self, layer: int, keys: Tensor) -> Tensor:
-        """``M`` ``(d_ff, n)`` of the update ``R Mᵀ`` for keys ``(d_ff, n)``."""
-        hparams, eye = self.hparams, torch.eye(len(keys), dtype=keys.dtype)
-        gram = keys @ keys.T
+    def _read(self, facts: Sequence[Fact], layer: int) -> Tensor:
+        """The facts' keys ``(n, d_ff)`` in fp64, averaged over contexts."""
+        keys = [read_keys(self.model, self.loaded, fact, layer, self.contexts) for fact in facts]
+        return torch.stack(keys).mean(dim=1).double()
+
+    def _solve(self, layer: int, keys: Tensor, residual: Tensor) -> Tensor:
+        """The change ``(d, d_ff)`` in fp64 for keys ``(d_ff, n)`` and residuals ``(d, n)``."""
         if self.method == "emmet":
-            return self._solve_emmet(layer, keys)
-        past = self._past(layer, keys.T)
+            return residual @ self._solve_emmet(layer, keys).T
         if self.method == "alphaedit":
-            ridge = hparams["l2"] * gram.diagonal().sum() / keys.shape[1]
-            projector = self.projector(layer)
-            total, keys = projector @ (past + gram) + ridge * eye, projector @ keys
-        else:
-            total = hparams["covariance_weight"] * self.covariance(layer) + gram
+            return self._solve_inside(layer, keys.float(), residual.float()).double()
+        total = self.hparams["covariance_weight"] * self.statistics.covariance(layer)
+        total = total + keys @ keys.T
         if self.method == "memit_seq":
-            total = total + past
+            total = total + self._past(layer, keys.T)
         right: Tensor = torch.linalg.solve(total, keys)
-        return right
+        return residual @ right.T
+
+    def _solve_inside(self, layer: int, keys: Tensor, residual: Tensor) -> Tensor:
+        """AlphaEdit's, in the null space."""
+        projector = self.statistics.projector(layer).float()
+        gram = keys @ keys.T
+        ridge = self.hparams["l2"] * gram.diagonal().sum() / keys.shape[1]
+        total = projector @ (self._past(layer, keys.T).float() + gram)
+        total += ridge * torch.eye(len(keys))
+        change: Tensor = torch.linalg.solve(total, projector @ keys @ residual.T)
+        return change.T
 
     def _solve_emmet(self, layer: int, keys: Tensor) -> Tensor:
-        solved: Tensor = torch.linalg.solve(self.covariance(layer), keys)
+        solved: Tensor = torch.linalg.solve(self.statistics.covariance(layer), keys)
         core = keys.T @ solved
         slack = self.hparams["alpha"] * core.diagonal().mean()
         total = core + slack * torch.eye(len(core), dtype=core.dtype)
@@ -202,7 +273,15 @@ class PlainEditor:
     def _search(self, fact: Fact, layer: int) -> PlainValue:
         fields = {name: self.hparams[name] for name in ValueParameters.model_fields}
         settings = ValueParameters.model_validate(fields)
-        return search_value(self.model, self.loaded, fact, layer, self.contexts, settings)
+        return search_value(
+            self.model,
+            self.loaded,
+            fact,
+            layer,
+            self.contexts,
+            settings,
+            head_twice=self.method != "rome",
+        )
 
     def _write(self, layer: int, change: Tensor) -> dict[str, Tensor]:
         anatomy = self.loaded.anatomy
@@ -234,14 +313,19 @@ def _run(
     mask: Tensor,
     subjects: Sequence[int],
     delta: Tensor,
-) -> Tensor:
-    """Logits ``(rows, tokens, vocabulary)`` with ``delta`` added at every row's subject."""
+) -> tuple[Tensor, Tensor]:
+    """Logits ``(rows, tokens, vocabulary)``, and the states ``(rows, tokens, d)`` they are of,
+    with ``delta`` added at every row's subject."""
 
     def add(output: Tensor) -> Tensor:
         moved = output.reshape(*ids.shape, -1).clone()
         moved[torch.arange(len(ids)), list(subjects)] += delta.to(output.dtype)
         return moved.reshape(output.shape)
 
-    with changing_output(loaded.anatomy.projection(model, layer), add):
+    states: list[Tensor] = []
+    with (
+        changing_output(loaded.anatomy.projection(model, layer), add),
+        tracing_input(model.get_output_embeddings(), states.append),
+    ):
         logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
-    return logits
+    return logits, states[0]

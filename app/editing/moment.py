@@ -71,14 +71,16 @@ def accumulate(
     def after_pass(_: Tensor) -> None:
         if passes.can_stop:
             raise StopForward
-        tick(least + sum(part.shape[:2].numel() for part in read[last]))
+        tick(least + sum(part.shape[:-1].numel() for part in read[last]))
 
     with _tapping(model, anatomy, sorted(moments), after_pass) as read:
         for batch in passes.run(model, start):
             for layer, parts in read.items():
                 moment = moments[layer]
                 if moment.mark == batch.begin and moment.count < budget:
-                    keys = torch.cat(parts, dim=1)
+                    rows = len(batch.chosen)  # OPT flattens rows and tokens
+                    by_row = [part.reshape(rows, -1, part.shape[-1]) for part in parts]
+                    keys = torch.cat(by_row, dim=1)
                     moment.add(keys[batch.chosen.to(keys.device)], batch.end)
                 parts.clear()
             least = min(moment.count for moment in moments.values())
@@ -94,8 +96,8 @@ def _tapping(
     layers: Sequence[int],
     after_pass: Callable[[Tensor], None],
 ) -> Iterator[dict[int, list[Tensor]]]:
-    """What the layers' projections read in each pass, ``(rows, tokens, d_ff)``, until it is
-    cleared; ``after_pass`` is called once the last of them has read."""
+    """What the layers' projections read in each pass, ``(rows, tokens, d_ff)`` or both of them
+    in one, until it is cleared; ``after_pass`` is called once the last of them has read."""
     read: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     with ExitStack() as hooks:
         for layer in layers:

@@ -73,11 +73,13 @@ def trace_facts(
 
 def span_of(row: TracedPrompt) -> Span:
     """The row up to its last counted prediction, to be run again from the subject on."""
-    first, last = _spots_of(row)[0], _spots_of(row)[-1]
+    spots = _spots_of(row)
+    first, last = spots[0], spots[-1]
     return Span(
         row.ids[: max(last, row.subject) + 1],
         start=min(first, row.subject),
         changed=row.subject,
+        read=spots,
     )
 
 

@@ -218,9 +218,10 @@ class _Search:
         logprobs = self._logprobs(self._pass.run(deltas.index_select(0, self._owners)))
         if check:
             logprobs = self._check(logprobs, deltas)
-        gold = logprobs[: spots.targets].gather(1, spots.wanted[:, None])[:, 0]
         base = self._unchanged
-        divergence = (base.exp() * (base - logprobs[spots.targets :])).sum(dim=1)
+        at_targets, at_essence = torch.split(logprobs, [spots.targets, len(base)])
+        gold = at_targets.gather(1, spots.wanted[:, None])[:, 0]
+        divergence = (base.exp() * (base - at_essence)).sum(dim=1)
         count = len(deltas)
         nll = _mean_by_owner(-gold, spots.owner[: spots.targets], count)
         kl = _mean_by_owner(divergence, spots.owner[spots.targets :], count)

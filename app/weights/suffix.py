@@ -30,11 +30,13 @@ CAUSAL_PATTERNS = {"full_attention", "sliding_attention", "global", "local"}
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Token ids of one row, where they begin to be run again, and where the layer changes."""
+    """Token ids of one row, where they begin to be run again, and where the layer changes;
+    ``read`` are the tokens whose outputs count, all if it is left out."""
 
     ids: Sequence[int]
     start: int
     changed: int
+    read: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +44,15 @@ class AlignedRows:
     """Rows padded on both sides so that ``start`` stands in the same column, ``prefix``, in each:
     distances between tokens stay true, which sliding windows need.
 
-    ``ids``, ``mask`` and ``positions`` are ``(rows, prefix + suffix)``; ``changed`` ``(rows,)``
-    counts from ``prefix``.
+    ``ids``, ``mask`` and ``positions`` are ``(rows, prefix + suffix)``; ``read`` ``(rows,
+    suffix)`` is true where outputs count; ``changed`` ``(rows,)`` counts from ``prefix``.
     """
 
     ids: Tensor
     mask: Tensor
     positions: Tensor
     changed: Tensor
+    read: Tensor
     prefix: int
 
     def take(self, rows: Tensor) -> AlignedRows:
@@ -59,6 +62,7 @@ class AlignedRows:
             self.mask[rows],
             self.positions[rows],
             self.changed[rows],
+            self.read[rows],
             self.prefix,
         )
 
@@ -74,11 +78,16 @@ def align_rows(spans: Sequence[Span], pad_id: int, device: torch.device) -> Alig
         ids.append([pad_id] * before + list(span.ids) + [pad_id] * behind)
         mask.append([0] * before + [1] * len(span.ids) + [0] * behind)
     known = torch.tensor(mask, device=device)
+    read = torch.zeros(len(spans), width - prefix, dtype=torch.bool)
+    for row, span in enumerate(spans):
+        counted = range(span.start, len(span.ids)) if span.read is None else span.read
+        read[row, [token - span.start for token in counted]] = True
     return AlignedRows(
         torch.tensor(ids, device=device),
         known,
         (known.cumsum(dim=1) - 1).clamp(min=0),
         torch.tensor([span.changed - span.start for span in spans], device=device),
+        read.to(device),
         prefix,
     )
 
@@ -190,7 +199,8 @@ class SuffixPass:
 
     def run(self, deltas: Tensor) -> Tensor:
         """The body's output ``(rows, suffix, d)`` with ``deltas`` ``(rows, d)`` added to the
-        projection's output at the changed tokens; differentiable in ``deltas``."""
+        projection's output at the changed tokens; differentiable in ``deltas``. It is true at
+        the tokens that are read."""
         return self._in_order(
             [
                 self._widen(group.run(deltas.index_select(0, rows)))
@@ -260,12 +270,9 @@ class _Group:
         self._whole = whole
         self._inside = _changes_inside(model.config, anatomy, layer)
         self._first = layer if self._inside else layer + 1
-        self._slow = [
-            module
-            for index in range(self._first, anatomy.depth)
-            for module in anatomy.layer(model, index).modules()
-            if isinstance(module, NewGELUActivation)
-        ]
+        self._slow = [module for module in model.modules() if isinstance(module, NewGELUActivation)]
+        self._last_mlp = _find_mlp(anatomy, model) if layer < anatomy.depth - 1 else None
+        self._read = rows.read.flatten().nonzero()[:, 0]
         self._cache = _PrefixCache(anatomy.depth, self._first, rows.prefix)
         self._entry = self._record(self._run_beginnings(shared) if shared else 0)
 
@@ -281,8 +288,9 @@ class _Group:
             for index in range(self._first):
                 layer = self._anatomy.layer(self._model, index)
                 stack.enter_context(_running(layer, lambda hidden, *_, **__: (hidden,)))
-            for activation in self._slow:
-                stack.enter_context(_running(activation, _gelu))
+            if self._last_mlp is not None:
+                at_read = _running_at(self._last_mlp, self._read)
+                stack.enter_context(_running(self._last_mlp, at_read))
             first = self._anatomy.layer(self._model, self._first)
             stack.enter_context(_replacing_input(first, entry))
             return self._forward(
@@ -295,6 +303,7 @@ class _Group:
     def keep(self, rows: Tensor) -> None:
         self._rows = self._rows.take(rows)
         self._entry = self._entry[rows]
+        self._read = self._rows.read.flatten().nonzero()[:, 0]
         self._cache.keep(rows)
 
     def run_whole(self) -> None:
@@ -355,13 +364,16 @@ class _Group:
         return seen["entry"]
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
-        hidden: Tensor = self._model.base_model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+        with ExitStack() as stack:
+            for activation in self._slow:
+                stack.enter_context(_running(activation, _gelu))
+            hidden: Tensor = self._model.base_model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
         return hidden
 
     @contextmanager
@@ -416,6 +428,25 @@ def _running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         del module.forward
+
+
+def _find_mlp(anatomy: Anatomy, model: nn.Module) -> nn.Module | None:
+    """The last layer's MLP, where it is a module of its own."""
+    path = anatomy.architecture.projection.rpartition(".")[0]
+    return anatomy.layer(model, anatomy.depth - 1).get_submodule(path) if path else None
+
+
+def _running_at(mlp: nn.Module, places: Tensor) -> Callable[[Tensor], Tensor]:
+    """The MLP's function at these of the flattened rows' tokens, zero elsewhere. Behind the last
+    attention no token reaches another."""
+    forward = mlp.forward
+
+    def run(hidden: Tensor) -> Tensor:
+        flat = hidden.flatten(0, 1)
+        found = forward(flat.index_select(0, places)[None])[0]
+        return torch.zeros_like(flat).index_copy(0, places, found).view(hidden.shape)
+
+    return run
 
 
 def _gelu(hidden: Tensor) -> Tensor:

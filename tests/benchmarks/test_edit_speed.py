@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import edit_speed
 from benchmarks.make_model import SHAPES, invent_requests, invent_words, train_tokenizer
+from benchmarks.reference import PlainStatistics
 from tests.tiny import TinyModels
 
 REQUESTS = [
@@ -53,6 +54,16 @@ def test_the_line_says_what_was_run_and_how_long_it_took(
         assert isinstance(figure, float)
         assert figure > 0
     assert {"efficacy", "paraphrase", "locality", "s_statistics", "layers"} <= set(report)
+    assert {"efficacy_reference", "paraphrase_reference", "locality_reference"} <= set(report)
+
+
+def test_the_reference_can_be_given_settings_of_its_own(tiny: TinyModels, tmp_path: Path) -> None:
+    own = ("--reference-hparams", '{"steps": 7, "contexts": 0}', "--steps", "3")
+    chosen = edit_speed.parse(("--model", "m", "--requests", "r", "--method", "rome", *own))
+    bench = edit_speed.Bench(tiny.load("gpt2"), chosen, tmp_path)
+    plain = bench.plain(PlainStatistics(bench._editor._statistics, {}))
+    assert (bench.plan.hparams["steps"], plain.hparams["steps"]) == (3, 7)
+    assert (len(bench.contexts()), plain.contexts) == (6, ("{}",))
 
 
 def test_every_shape_can_be_built_and_requests_name_their_subject() -> None:

@@ -20,6 +20,7 @@ from app.editing.texts import TextFile
 from app.errors import EditRejected
 from app.weights.fork import fork, graft
 from app.weights.loading import LoadedModel, assemble
+from app.weights.tracing import tracing_input
 from tests.tiny import TEXT, TinyModels
 
 TOKENS = 700
@@ -264,3 +265,22 @@ def spoil(path: Path, damage: str) -> None:
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_the_mean_is_that_of_the_keys_of_each_text_alone(
+    tiny: TinyModels, tmp_path: Path, model_type: str
+) -> None:
+    """OPT flattens rows and tokens on the way to its projection."""
+    loaded = tiny.load(model_type)
+    pieces = ["Berlin lies in Germany.", "France borders Spain and Italy", "Madrid"]
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(pieces))
+    moments = Moments(loaded, ReadPasses(loaded, TextFile(corpus)), folder=tmp_path, tokens=TOKENS)
+    read: list[torch.Tensor] = []
+    model = fork(loaded.model)
+    with torch.no_grad(), tracing_input(loaded.anatomy.projection(model, 1), read.append):
+        for piece in pieces:
+            model(input_ids=torch.tensor([loaded.encode(piece)]))
+    keys = torch.cat([part.flatten(0, -2) for part in read])
+    torch.testing.assert_close(moments.mean(1), keys.T @ keys / len(keys), rtol=1e-4, atol=1e-6)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from app.editing.editor import Editor
 from app.editing.parameters import ValueParameters
 from app.editing.values import optimise_values
 from app.weights.delta import Delta, LowRank
 from app.weights.views import ViewCache
-from benchmarks.reference import PlainEditor, search_value
+from benchmarks.reference import PlainEditor, PlainStatistics, search_value
 from tests.editing.conftest import FACTS, MakeEditor, hparams
 from tests.tiny import CONFIGS, MemoryDeltas
 
@@ -22,20 +21,13 @@ PLAIN = {"steps": STEPS, "stop_loss": 0.0, "contexts": 2}  # all steps, as the r
 
 def plain_editor(editor: Editor, views: ViewCache, method: str) -> PlainEditor:
     plan = editor.plan(method, {**hparams(method, 0, 1), **PLAIN})
-    statistics = editor._statistics
-
-    def projector(layer: int) -> Tensor:
-        basis = statistics.null_space(layer, plan.hparams["null_share"])
-        return basis @ basis.T
-
     return PlainEditor(
         model=views.private(()),
         loaded=views.loaded,
         method=method,
         hparams=plan.hparams,
         contexts=editor._context_templates(2, plan.hparams["context_length"]),
-        covariance=lambda layer: statistics.covariance(layer, plan.hparams["ridge"]).matrix(),
-        projector=projector,
+        statistics=PlainStatistics(editor._statistics, plan.hparams),
     )
 
 
@@ -48,7 +40,7 @@ def test_a_value_is_the_plain_searchs(make_editor: MakeEditor, model_type: str, 
     model, loaded = views.private(()), views.loaded
     values = optimise_values(model, loaded, FACTS, layer, contexts, settings)
     for fact, value in zip(FACTS, values, strict=True):
-        plain = search_value(model, loaded, fact, layer, contexts, settings)
+        plain = search_value(model, loaded, fact, layer, contexts, settings, head_twice=layer > 0)
         assert torch.cosine_similarity(value.delta, plain.delta, dim=0) >= 0.9999
         torch.testing.assert_close(value.hidden, plain.hidden, rtol=1e-4, atol=1e-5)
 

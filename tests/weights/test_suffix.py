@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -106,6 +107,23 @@ def test_a_suffix_pass_is_the_whole_pass_of_each_row_alone(name: str, layer: int
     (gradient,) = torch.autograd.grad((weights * real).sum(), mine)
     (plain,) = torch.autograd.grad((weights * torch.cat(expected)).sum(), theirs)
     torch.testing.assert_close(gradient, plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("model_type", sorted(CONFIGS))
+def test_what_is_read_is_true_also_where_nothing_else_is_run_to_the_end(model_type: str) -> None:
+    model = build(model_type)
+    rows = [replace(span, read=[len(span.ids) - 1]) for span in spans()]
+    deltas = torch.randn(len(rows), WIDTH, generator=torch.Generator().manual_seed(1))
+    made = make_pass(model, 1, rows)
+    for kept in (range(len(rows)), [0, 2, 3, 5]):
+        chosen = torch.tensor(kept)
+        made.keep(chosen)
+        found = made.run(deltas[chosen])
+        for index, row in enumerate(kept):
+            expected = run_alone(model, 1, rows[row], deltas[row])
+            torch.testing.assert_close(
+                found[index, len(expected) - 1], expected[-1], rtol=1e-4, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "opt", "falcon"])

@@ -23,6 +23,7 @@ from app.editing.statistics import Statistics
 from app.editing.tuned import read_tuned
 from app.editing.workbench import Workbench
 from app.errors import ContextExceeded, EditRejected, InvalidInput
+from app.weights.memory import give_back
 from app.weights.prompts import count_tokens
 from app.weights.views import ViewCache
 
@@ -136,11 +137,14 @@ class Editor:
         bench = self._open_bench(composition, method, seed, timings)
         if method.needs_statistics:
             timed(self._statistics.prepare, timings)(params.edited_layers)
-        if independent:
-            solutions = method.solve_each(bench, facts, params)
-            parts = [Part((index,), solution) for index, solution in enumerate(solutions)]
-        else:
-            parts = method.solve_parts(bench, facts, params)
+        try:
+            if independent:
+                solutions = method.solve_each(bench, facts, params)
+                parts = [Part((index,), solution) for index, solution in enumerate(solutions)]
+            else:
+                parts = method.solve_parts(bench, facts, params)
+        finally:
+            give_back()
         return [self._accept(method, part) for part in parts]
 
     def _open_bench(

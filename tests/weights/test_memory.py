@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.weights.memory import give_back
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "malloc_trim"),
+    reason="needs glibc",
+)
+def test_holes_between_what_is_kept_are_given_back() -> None:
+    kept, freed = [], []
+    for _ in range(2_000):
+        freed.append(torch.ones(25_000))  # 100 kB: too small to be mapped on its own
+        kept.append(torch.ones(16))
+    full = resident_mb()
+    freed.clear()
+    give_back()
+    assert resident_mb() < full - 100
+    assert len(kept) == 2_000

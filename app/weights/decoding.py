@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from app.domain import Completion, Sampling, TokenChoice
 from app.errors import Conflict, ContextExceeded, InvalidInput
+from app.weights.cache_argument import cache_argument
 from app.weights.loading import LoadedModel
 
 COLDEST = 1e-6  # a temperature below this is as good as greedy, and 1/T must stay finite
@@ -116,7 +117,7 @@ class RowBatch:
             "input_ids": self._inputs,
             "attention_mask": self._mask,
             "position_ids": positions,
-            "past_key_values": self._cache,
+            cache_argument(self._model): self._cache,
             "use_cache": True,
             "logits_to_keep": 1,
         }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from app.weights.cache_argument import cache_argument
 from app.weights.loading import LoadedModel
 
 
@@ -86,7 +87,7 @@ class _Steps:
             "input_ids": token[:, None],
             "attention_mask": self._mask,
             "position_ids": age[:, None],
-            "past_key_values": self._cache,
+            cache_argument(self._model): self._cache,
             "use_cache": True,
         }
         known = {name: value for name, value in arguments.items() if name in self._accepts}

@@ -20,6 +20,7 @@ from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedConfig, Pr
 from transformers.activations import NewGELUActivation
 
 from app.weights.architectures import Anatomy
+from app.weights.cache_argument import cache_argument
 from app.weights.prompts import pad_rows
 from app.weights.tracing import changing_output, tracing_input
 
@@ -371,7 +372,7 @@ class _Group:
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
+                **{cache_argument(self._model.base_model): cache},
                 use_cache=cache is not None,
             ).last_hidden_state
         return hidden

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 
-from transformers import PreTrainedModel
+from torch import nn
 
 
-def cache_argument(model: PreTrainedModel) -> str:
+def cache_argument(model: nn.Module) -> str:
     """``cache`` from transformers 5.24 on, ``past_key_values`` before."""
     known = inspect.signature(model.forward).parameters
     return "cache" if "cache" in known else "past_key_values"

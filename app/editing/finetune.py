@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from app.domain import Fact
-from app.editing.method import Method, Solution
+from app.editing.method import OneDelta, Solution
 from app.editing.parameters import LayerParameters, Positive
 from app.editing.training import TrainingParameters, gather_rows, train
 from app.editing.workbench import Workbench
@@ -39,7 +39,7 @@ class FineTuneParameters(LayerParameters, TrainingParameters):
         return 5e-4 if self.objective == "ft-l" else None
 
 
-class FineTune(Method[FineTuneParameters]):
+class FineTune(OneDelta[FineTuneParameters]):
     name = "ft"
     title = "Fine-tuning of one matrix (FT-M, FT-L)"
     paper = "arXiv 2012.00363, arXiv 2401.01286"

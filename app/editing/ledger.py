@@ -90,11 +90,6 @@ class Ledger(Method[LedgerParameters]):
         wanted = [_join(bench.rows.get(f.subject), {0: f}) for f in facts]
         return [part.solution for part in _solve(bench, wanted, params)]
 
-    def solve_all(
-        self, bench: Workbench, facts: Sequence[Fact], params: LedgerParameters
-    ) -> Solution:
-        raise NotImplementedError("the ledger's edits have a part for each subject")
-
     def solve_parts(
         self, bench: Workbench, facts: Sequence[Fact], params: LedgerParameters
     ) -> list[Part]:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from app.domain import Fact
-from app.editing.method import Method, Solution
+from app.editing.method import OneDelta, Solution
 from app.editing.parameters import LayersParameters, Positive
 from app.editing.training import TrainingParameters, gather_rows, train
 from app.editing.workbench import Workbench
@@ -58,7 +58,7 @@ class Adapter:
         return LowRank(self.scale * self.left.detach().cpu(), self.right.detach().cpu())
 
 
-class Lora(Method[LoraParameters]):
+class Lora(OneDelta[LoraParameters]):
     name = "lora"
     title = "Low-rank adaptation trained on the facts (LoRA)"
     paper = "arXiv 2106.09685"

@@ -53,6 +53,17 @@ class Method(ABC, Generic[P]):
     def solve_each(self, bench: Workbench, facts: Sequence[Fact], params: P) -> list[Solution]:
         """Each fact as if it were the only one, on the bench's state."""
 
+    @abstractmethod
+    def solve_parts(self, bench: Workbench, facts: Sequence[Fact], params: P) -> list[Part]:
+        """The deltas that together make one edit of all facts."""
+
+
+class OneDelta(Method[P]):
+    """A method whose edit is one delta, however many facts it writes."""
+
+    def solve_parts(self, bench: Workbench, facts: Sequence[Fact], params: P) -> list[Part]:
+        return [Part(tuple(range(len(facts))), self.solve_all(bench, facts, params))]
+
     def solve_all(self, bench: Workbench, facts: Sequence[Fact], params: P) -> Solution:
         """All facts in one delta: one after another, each on the state the former made."""
         solutions: list[Solution] = []
@@ -67,7 +78,3 @@ class Method(ABC, Generic[P]):
             else solutions[0].delta,
             tuple(detail for solution in solutions for detail in solution.details),
         )
-
-    def solve_parts(self, bench: Workbench, facts: Sequence[Fact], params: P) -> list[Part]:
-        """The deltas that together make one edit of all facts; most methods give one."""
-        return [Part(tuple(range(len(facts))), self.solve_all(bench, facts, params))]

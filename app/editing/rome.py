@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from app.domain import SUBJECT_SLOT, Fact
-from app.editing.method import Method, Solution
+from app.editing.method import OneDelta, Solution
 from app.editing.parameters import LayerParameters, Positive, ValueParameters
 from app.editing.values import optimise_values
 from app.editing.workbench import Workbench
@@ -32,7 +32,7 @@ class RomeParameters(LayerParameters, ValueParameters):
     ] = True
 
 
-class Rome(Method[RomeParameters]):
+class Rome(OneDelta[RomeParameters]):
     name = "rome"
     title = "Rank-one model editing (r-ROME)"
     paper = "arXiv 2202.05262, arXiv 2403.07175"

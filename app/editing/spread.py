@@ -16,7 +16,7 @@ from torch import Tensor
 
 from app.domain import Fact
 from app.editing.keys import read_hidden, read_keys_and_hidden, solve_keys
-from app.editing.method import Method, Solution
+from app.editing.method import OneDelta, Solution
 from app.editing.parameters import LayersParameters, Positive, ValueParameters
 from app.editing.values import Value, optimise_values
 from app.editing.workbench import Workbench
@@ -46,7 +46,7 @@ class SpreadParameters(LayersParameters, ValueParameters):
 P = TypeVar("P", bound=SpreadParameters)
 
 
-class SpreadMethod(Method[P]):
+class SpreadMethod(OneDelta[P]):
     """Facts in one solve per layer; each layer sees the model as the earlier layers left it."""
 
     rank = "number of facts, per layer"

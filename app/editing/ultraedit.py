@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from app.domain import Fact
-from app.editing.method import Method, Solution
+from app.editing.method import OneDelta, Solution
 from app.editing.normalisation import Normalisation
 from app.editing.parameters import LayersParameters, Positive
 from app.editing.training import TargetRows, gather_rows, target_losses
@@ -58,7 +58,7 @@ class Features:
         return Features(self.inputs[own], self.gradients[own], self.owners[own])
 
 
-class UltraEdit(Method[UltraEditParameters]):
+class UltraEdit(OneDelta[UltraEditParameters]):
     name = "ultraedit"
     title = "Training-free editing with lifelong normalisation (UltraEdit)"
     paper = "arXiv 2505.14679"

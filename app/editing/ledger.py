@@ -25,7 +25,14 @@ from app.domain import Fact
 from app.editing.basis import Basis, Weights
 from app.editing.keys import solve_keys
 from app.editing.method import Method, Part, Solution
-from app.editing.parameters import LayersParameters, NonNegative, Positive, ValueParameters
+from app.editing.parameters import (
+    LayersParameters,
+    NonNegative,
+    Positive,
+    Ridge,
+    SelfEssence,
+    ValueParameters,
+)
 from app.editing.values import optimise_together
 from app.editing.workbench import Workbench
 from app.weights.delta import Delta, RowVectors, SubjectRow
@@ -38,19 +45,8 @@ class LedgerParameters(LayersParameters, ValueParameters):
         Positive,
         Field(description="λ: weight of ordinary text against a subject's key."),
     ] = 100.0
-    ridge: Annotated[
-        Positive,
-        Field(description="Added to the covariance, relative to its mean diagonal."),
-    ] = 1e-4
-    self_essence: Annotated[
-        int,
-        Field(
-            ge=0,
-            le=32,
-            description="Continuations of the subject, drawn from the unedited model, whose "
-            "predictions should stay, but for the answers that are edited.",
-        ),
-    ] = 6
+    ridge: Ridge = 1e-4
+    self_essence: SelfEssence = 6
     anchor_weight: Annotated[
         NonNegative,
         Field(

@@ -12,6 +12,18 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Essence = Annotated[str, Field(min_length=3, pattern=r"\{\}")]
 LayerIndex = Annotated[int, Field(ge=0)]
+Ridge = Annotated[
+    Positive, Field(description="Added to the covariance, relative to its mean diagonal.")
+]
+SelfEssence = Annotated[
+    int,
+    Field(
+        ge=0,
+        le=32,
+        description="Continuations of the subject, drawn from the unedited model, whose "
+        "predictions should stay, but for the answers that are edited.",
+    ),
+]
 
 
 class Parameters(BaseModel):
@@ -99,12 +111,4 @@ class ValueParameters(Parameters):
             description="Prompts on the subject whose answers should stay.",
         ),
     ] = ("{} is a",)
-    self_essence: Annotated[
-        int,
-        Field(
-            ge=0,
-            le=32,
-            description="Continuations of the subject, drawn from the unedited model, whose "
-            "predictions should stay, but for the answer that is edited.",
-        ),
-    ] = 0
+    self_essence: SelfEssence = 0

@@ -15,17 +15,14 @@ from torch import Tensor
 
 from app.domain import SUBJECT_SLOT, Fact
 from app.editing.method import OneDelta, Solution
-from app.editing.parameters import LayerParameters, Positive, ValueParameters
+from app.editing.parameters import LayerParameters, Ridge, ValueParameters
 from app.editing.values import optimise_values
 from app.editing.workbench import Workbench
 from app.weights.delta import Delta, LowRank
 
 
 class RomeParameters(LayerParameters, ValueParameters):
-    ridge: Annotated[
-        Positive,
-        Field(description="Added to the covariance, relative to its mean diagonal."),
-    ] = 0.01
+    ridge: Ridge = 0.01
     consistent_key: Annotated[
         bool,
         Field(description="One averaged key throughout; false is the original ROME."),

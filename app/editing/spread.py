@@ -17,7 +17,7 @@ from torch import Tensor
 from app.domain import Fact
 from app.editing.keys import read_hidden, read_keys_and_hidden, solve_keys
 from app.editing.method import OneDelta, Solution
-from app.editing.parameters import LayersParameters, Positive, ValueParameters
+from app.editing.parameters import LayersParameters, Ridge, ValueParameters
 from app.editing.values import Value, optimise_values
 from app.editing.workbench import Workbench
 from app.weights.delta import Delta, LowRank
@@ -31,10 +31,7 @@ class SpreadParameters(LayersParameters, ValueParameters):
             "own residual (BLUE) instead of a growing share."
         ),
     ] = False
-    ridge: Annotated[
-        Positive,
-        Field(description="Added to the covariance, relative to its mean diagonal."),
-    ] = 0.01
+    ridge: Ridge = 0.01
 
     @property
     def edited_layers(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from app.domain import SUBJECT_SLOT, Fact
 from app.weights.footprint import Workload
 from app.weights.loading import LoadedModel
 from app.weights.prompts import TracedPrompt, trace_prompt
-from app.weights.suffix import Span
+from app.weights.spans import Span
 
 
 @dataclass(frozen=True, slots=True)

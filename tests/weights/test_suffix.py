@@ -14,14 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from app.weights.architectures import dissect, recognise
 from app.weights.fork import fork
 from app.weights.language_model import LanguageModel
-from app.weights.suffix import (
-    Span,
-    SuffixPass,
-    align_rows,
-    find_beginnings,
-    group_alike,
-    why_whole,
-)
+from app.weights.spans import Span, align_rows, find_beginnings, group_alike
+from app.weights.suffix import SuffixPass, why_whole
 from tests.tiny import CONFIGS, VOCABULARY, TinyModels
 
 CPU = torch.device("cpu")

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
+from app.evaluation import plot_look
 from benchmarks.sequence_record import Point, Record, Run
 
 # Okabe and Ito's colours, told apart with any colour vision; markers do it without colour. A
@@ -29,14 +30,7 @@ STYLES: Final[Mapping[str, tuple[str, str]]] = {
 }
 OTHER: Final = ("#555555", "h")
 LOOK: Final[dict[Any, Any]] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "axes.axisbelow": True,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
+    **plot_look.LOOK,
     "lines.linewidth": 1.6,
     "lines.markersize": 4.5,
     "svg.hashsalt": "sequential",  # equal records give equal files

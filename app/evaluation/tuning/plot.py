@@ -17,6 +17,7 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
+from app.evaluation import plot_look
 from app.evaluation.tuning.attempt import Attempt
 from app.evaluation.tuning.record import Tuning
 from app.evaluation.tuning.search import LAYER, LAYER_AGAIN
@@ -33,14 +34,7 @@ STYLES: Final[Mapping[str, tuple[str, str, str, float]]] = {
 }
 SCORE: Final = "#000000"
 LOOK: Final[dict[Any, Any]] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "axes.axisbelow": True,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
+    **plot_look.LOOK,
     "lines.linewidth": 1.4,
     "xtick.labelsize": 8,
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -20,6 +20,9 @@ from app.errors import InvalidInput
 
 Digest: TypeAlias = str  # lower-case sha256, 64 hexadecimal digits
 Composition: TypeAlias = tuple[Digest, ...]
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""What is going on, how much of it is done, of how much. It may raise to stop the work."""
 
 T = TypeVar("T")
 
@@ -336,10 +339,38 @@ class ProbeResult:
     top: tuple[TokenChoice, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class MatrixDrift:
+    """How far one matrix has moved from the base: ``relative_norm`` ‖W−W₀‖/‖W₀‖ (Frobenius),
+    ``effective_rank`` of W−W₀ (exponential of the entropy of its squared singular values), and
+    ``overlap``, the share of its energy in W₀'s leading singular directions (0 to 1)."""
+
+    name: str
+    relative_norm: float
+    effective_rank: float
+    overlap: float
+
+
+@dataclass(frozen=True, slots=True)
+class DriftFigures:
+    """How far a state is from the base: by matrix, and in what it says. ``canary_kl`` is the mean
+    KL(base ‖ state) of the next token over the canary prompts, in nats; the perplexities are
+    those of a fixed text."""
+
+    matrices: tuple[MatrixDrift, ...]
+    canary_kl: float
+    perplexity: float
+    base_perplexity: float
+
+
 def compose(start: Composition, removed: Iterable[Digest], added: Iterable[Digest]) -> Composition:
     """``start`` without the digests ``removed``, then those ``added``."""
     gone = frozenset(removed)
     return (*(digest for digest in start if digest not in gone), *added)
+
+
+def no_progress(what: str, done: int, of: int) -> None:
+    """Nobody watches."""
 
 
 def utc_now() -> datetime:

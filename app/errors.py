@@ -6,9 +6,13 @@
     │   └── ContextExceeded     a prompt longer than the model's context window
     ├── NotFound                a view, revision, edit, checkpoint or sandbox that is not there
     ├── Conflict                the request is fine, the present state refuses it
+    │   └── Cancelled           a job was given up before it was done; nothing changed
+    ├── PreconditionFailed      the head is not the one the caller expected
     ├── EditRejected            an edit was computed but not accepted; nothing changed
+    │   └── GuardFailed         it was measured and missed what the caller or server asks for
     ├── Overloaded              no room just now; try again after ``retry_after`` seconds
     │   └── ShuttingDown        nothing is accepted any more
+    ├── ReadOnly                the server answers but changes nothing until it is repaired
     ├── Unauthorized / Forbidden
     ├── UnsupportedModel        the model on disk can't be served or edited
     ├── JournalError            the journal or a stored delta can't be trusted
@@ -20,6 +24,9 @@ One table in ``app/api/problems.py`` maps these to status codes; nothing else do
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class PalimpsestError(Exception):
@@ -57,8 +64,30 @@ class Conflict(PalimpsestError):
     title = "Conflict"
 
 
+class Cancelled(Conflict):
+    title = "Cancelled"
+
+
+class PreconditionFailed(PalimpsestError):
+    title = "Precondition failed"
+
+
 class EditRejected(PalimpsestError):
     title = "Edit rejected"
+
+
+class GuardFailed(EditRejected):
+    """``edit`` is the attempt's id in the journal; ``checks`` what was measured of it, and the
+    limits."""
+
+    title = "Guard failed"
+
+    def __init__(
+        self, detail: str, *, edit: str, checks: Sequence[Mapping[str, Any]], field: str = "guard"
+    ) -> None:
+        super().__init__(detail, field=field)
+        self.edit = edit
+        self.checks = checks
 
 
 class Overloaded(PalimpsestError):
@@ -71,6 +100,10 @@ class Overloaded(PalimpsestError):
 
 class ShuttingDown(Overloaded):
     title = "Shutting down"
+
+
+class ReadOnly(PalimpsestError):
+    title = "Read-only"
 
 
 class Unauthorized(PalimpsestError):

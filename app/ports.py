@@ -14,6 +14,7 @@ from app.domain import (
     Completion,
     Composition,
     Digest,
+    DriftFigures,
     Edit,
     EditPlan,
     EditStatus,
@@ -91,6 +92,12 @@ class Evaluator(Protocol):
         candidates: Sequence[str],
         top_k: int,
     ) -> list[ProbeResult]: ...
+    @property
+    def canaries(self) -> Sequence[str]: ...
+    def answers(self, composition: Composition, prompts: Sequence[str]) -> list[str]: ...
+    def canary_kl(self, composition: Composition) -> float: ...
+    def relative_norms(self, composition: Composition) -> Mapping[str, float]: ...
+    def drift(self, composition: Composition) -> DriftFigures: ...
 
 
 class DeltaStore(Protocol):

@@ -27,9 +27,11 @@ STATUS: Mapping[type[errors.PalimpsestError], int] = {
     errors.EditRejected: 422,
     errors.NotFound: 404,
     errors.Conflict: 409,
+    errors.PreconditionFailed: 412,
     errors.ShuttingDown: 503,
     errors.Overloaded: 429,
     errors.SettingsError: 503,  # the server's own configuration, found wanting in mid-edit
+    errors.ReadOnly: 503,
     errors.Unauthorized: 401,
     errors.Forbidden: 403,
     errors.PalimpsestError: 500,
@@ -40,12 +42,13 @@ DESCRIPTIONS: Mapping[int, str] = {
     403: "The API key's scope does not allow this",
     404: "Not found",
     409: "The present state refuses this",
+    412: "The head is not the revision that If-Match names",
     413: "The body is too large",
     415: "The body is not JSON",
     422: "The request can't be carried out as written; nothing changed",
     429: "Too many requests are waiting; see Retry-After",
     500: "The server failed",
-    503: "The server is starting or shutting down, or can't do this as it is set up",
+    503: "The server is starting, stopping or read-only, or can't do this as it is set up",
 }
 
 # RFC 9110's name for what Python 3.11 still calls "Request Entity Too Large".

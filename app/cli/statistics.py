@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,12 +12,11 @@ from app.cli.progress import progress_bar
 from app.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from app.domain import Digest
+    from app.domain import Digest, Progress
     from app.settings import Settings
     from app.weights.loading import LoadedModel
 
 INTERRUPTED_EXIT = 130  # what a shell reports of a command that Ctrl-C ended
-Progress = Callable[[str, int, int], None]
 
 
 def statistics(

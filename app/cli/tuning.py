@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,13 +14,12 @@ from app.cli.rendering import facts_table, show_table
 from app.errors import EditRejected
 
 if TYPE_CHECKING:
-    from app.domain import Fact
+    from app.domain import Fact, Progress
     from app.evaluation.tuning.record import Tuning
     from app.evaluation.tuning.tune import TuningSettings
     from app.weights.loading import LoadedModel
 
 INTERRUPTED_EXIT = 130  # what a shell reports of a command that Ctrl-C ended
-Progress = Callable[[str, int, int], None]
 
 
 def tune(

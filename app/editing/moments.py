@@ -7,7 +7,7 @@ one that was broken off is taken up where it was last stored.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from math import inf
 from pathlib import Path
@@ -16,6 +16,7 @@ from time import perf_counter
 import structlog
 from torch import Tensor
 
+from app.domain import Progress, no_progress
 from app.editing.moment import Moment, accumulate
 from app.editing.moment_store import Label, MomentStore
 from app.editing.passes import Passes
@@ -25,8 +26,6 @@ from app.weights.loading import LoadedModel
 
 log = structlog.get_logger(__name__)
 
-Progress = Callable[[str, int, int], None]
-
 STAGE = "statistics"
 TOKENS_PER_DIMENSION = 10
 STORE_EVERY = 5.0  # seconds
@@ -35,10 +34,6 @@ TELL_EVERY = 1.0  # seconds
 LOG_EVERY = 5.0  # seconds
 ESTIMATE_AFTER = 2.0  # seconds
 KEPT_UNSTORED = 6
-
-
-def no_progress(stage: str, done: int, of: int) -> None:
-    """For callers who don't want to know."""
 
 
 class Moments:

@@ -16,7 +16,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from app.editing.moments import Moments, Progress, no_progress
+from app.domain import Progress, no_progress
+from app.editing.moments import Moments
 from app.editing.passes import Passes, ReadPasses, SampledPasses
 from app.editing.texts import open_texts
 from app.weights.digest import tensor_digest

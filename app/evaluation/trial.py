@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from app.domain import Composition, Digest, Fact, FactOutcome, Mode, Proposal
+from app.domain import (
+    Composition,
+    Digest,
+    Fact,
+    FactOutcome,
+    Mode,
+    Progress,
+    Proposal,
+    no_progress,
+)
 from app.editing.editor import Editor
 from app.errors import EditRejected, InvalidInput, PalimpsestError
 from app.evaluation.evaluator import ANSWER_TOKENS, Evaluator
@@ -22,8 +31,6 @@ from app.weights.decoding import encode_prompt
 from app.weights.loading import LoadedModel
 from app.weights.prompts import target_length
 from app.weights.views import ViewCache
-
-Progress = Callable[[str, int, int], None]  # what is going on, how much is done, of how much
 
 BATCH_SIZES: Mapping[Mode, int] = {Mode.INDEPENDENT: 16, Mode.SEQUENTIAL: 1}
 MEASURED_AT_ONCE = 50  # facts between two signs of progress
@@ -57,7 +64,7 @@ def run_trial(
     data: Path | None = None,
     text: FixedText | None = None,
     fluency: bool = True,
-    progress: Progress = lambda _what, _done, _of: None,
+    progress: Progress = no_progress,
 ) -> TrialReport:
     """Write ``facts`` into the model as ``settings`` say, and measure what it says then.
 

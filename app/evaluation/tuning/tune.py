@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from app.domain import Digest, Fact
+from app.domain import Digest, Fact, Progress, no_progress
 from app.editing.editor import Editor
 from app.editing.registry import find_method
 from app.errors import ContextExceeded, InvalidInput, PalimpsestError
-from app.evaluation.trial import Progress, TrialSettings, run_trial
+from app.evaluation.trial import TrialSettings, run_trial
 from app.evaluation.tuning.attempt import Attempt
 from app.evaluation.tuning.record import Tuning
 from app.evaluation.tuning.search import Search
@@ -46,7 +46,7 @@ def tune(
     settings: TuningSettings,
     *,
     data: Path,
-    progress: Progress = lambda _what, _done, _of: None,
+    progress: Progress = no_progress,
 ) -> Tuning:
     """Choose a method's layer and strength. Statistics are kept in ``data``; nothing else is
     stored, and what an earlier tuning stored there is not looked at.

@@ -12,6 +12,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from app import errors
+from app.api.job_schemas import JobEventOut, JobOut, JobPage
 from app.api.schemas import (
     CheckpointOut,
     CheckpointPage,
@@ -28,20 +29,24 @@ from app.api.schemas import (
     RevisionPage,
     SandboxOut,
     SandboxPage,
+    UndoneOut,
     problem_type,
 )
+from app.job_stream import follow
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_SECONDS = 5.0
 
 A = TypeVar("A", bound=BaseModel)
 Json = Mapping[str, Any]
+Headers = Mapping[str, str] | None
 
 FALLBACKS: Mapping[int, type[errors.PalimpsestError]] = {
     401: errors.Unauthorized,
     403: errors.Forbidden,
     404: errors.NotFound,
     409: errors.Conflict,
+    412: errors.PreconditionFailed,
     429: errors.Overloaded,
     503: errors.ShuttingDown,
 }
@@ -99,8 +104,16 @@ class Client:
         seed: int = 0,
         keep: bool = True,
         evaluate: bool = True,
+        guard: Json | None = None,
+        dry_run: bool = False,
+        if_match: str | None = None,
+        idempotency_key: str | None = None,
     ) -> EditOut:
-        """Write facts (our format or EasyEdit's) into the model."""
+        """Write facts (our format or EasyEdit's) into the model.
+
+        ``guard`` is what the edited model must meet; ``if_match`` the revision (``r3``) that must
+        be live; a request repeated with the same ``idempotency_key`` is carried out once.
+        """
         body = {
             "facts": [dict(fact) for fact in facts],
             "method": method,
@@ -110,8 +123,41 @@ class Client:
             "seed": seed,
             "keep": keep,
             "evaluate": evaluate,
+            "guard": dict(guard or {}),
         }
-        return self._post("/edits", body, EditOut)
+        headers = _terms(if_match, idempotency_key)
+        path = "/edits?dry_run=true" if dry_run else "/edits"
+        return self._post(path, body, EditOut, headers)
+
+    def undo(
+        self, edit_id: str, *, strategy: str = "replay", if_match: str | None = None
+    ) -> UndoneOut:
+        """Take an edit out of the live model. ``strategy``: what becomes of later edits that were
+        computed with it in place, ``replay`` or ``resolve``."""
+        response = self._send(
+            "DELETE",
+            f"/edits/{_segment(edit_id)}",
+            params={"strategy": strategy},
+            headers=_terms(if_match),
+        )
+        return self._read(response, UndoneOut)
+
+    def redo(self, edit_id: str, *, if_match: str | None = None) -> UndoneOut:
+        """Put an undone edit back where it stood."""
+        path = f"/edits/{_segment(edit_id)}/redo"
+        return self._post(path, None, UndoneOut, _terms(if_match))
+
+    def compact(
+        self,
+        *,
+        method: str | None = None,
+        hparams: Json | None = None,
+        force: bool = False,
+        if_match: str | None = None,
+    ) -> EditOut:
+        """Solve the live facts again in one batch from the base."""
+        body = {"method": method, "hparams": dict(hparams or {}), "force": force}
+        return self._post("/compact", body, EditOut, _terms(if_match))
 
     def get_edit(self, edit_id: str) -> EditOut:
         return self._get(f"/edits/{_segment(edit_id)}", EditOut)
@@ -210,6 +256,24 @@ class Client:
     def promote(self, sandbox_id: str) -> HeadMoved:
         return self._post(f"/sandboxes/{_segment(sandbox_id)}/promote", None, HeadMoved)
 
+    # Jobs ----------------------------------------------------------------------------------
+
+    def jobs(
+        self, *, limit: int = 50, cursor: str | None = None, status: str | None = None
+    ) -> JobPage:
+        return self._get("/jobs", JobPage, limit=limit, cursor=cursor, status=status)
+
+    def job(self, job_id: str) -> JobOut:
+        return self._get(f"/jobs/{_segment(job_id)}", JobOut)
+
+    def cancel_job(self, job_id: str) -> JobOut:
+        """Stop a job; what it would have changed stays as it is."""
+        return self._read(self._send("DELETE", f"/jobs/{_segment(job_id)}"), JobOut)
+
+    def job_events(self, job_id: str) -> Iterator[JobEventOut]:
+        """Everything that happens to a job, from its first event to its last."""
+        return follow(lambda after: self._stream(f"/jobs/{_segment(job_id)}/events", after))
+
     # System --------------------------------------------------------------------------------
 
     def model(self) -> ModelOut:
@@ -230,8 +294,8 @@ class Client:
         given = {name: value for name, value in params.items() if value is not None}
         return self._read(self._send("GET", path, params=given), answer)
 
-    def _post(self, path: str, body: Json | None, answer: type[A]) -> A:
-        return self._read(self._send("POST", path, json=body), answer)
+    def _post(self, path: str, body: Json | None, answer: type[A], headers: Headers = None) -> A:
+        return self._read(self._send("POST", path, json=body, headers=headers), answer)
 
     def _send(self, verb: str, path: str, **content: Any) -> httpx.Response:
         with self._reaching_server():
@@ -248,6 +312,18 @@ class Client:
                 f"{self.base_url} answered with something that is not a Palimpsest "
                 f"{answer.__name__}; is another program listening there?"
             ) from None
+
+    @contextmanager
+    def _stream(self, path: str, after: int) -> Iterator[httpx.Response]:
+        headers = {"Last-Event-ID": str(after)}
+        with (
+            self._reaching_server(),
+            self._http.stream("GET", path, headers=headers) as response,
+        ):
+            if response.is_error:
+                response.read()
+                raise error_of(response)
+            yield response
 
     @contextmanager
     def _reaching_server(self) -> Iterator[None]:
@@ -277,6 +353,9 @@ def error_of(response: httpx.Response) -> errors.PalimpsestError:
     if kind is None:
         refused = 400 <= problem.status < 500
         kind = errors.InvalidInput if refused else errors.PalimpsestError
+    if kind is errors.GuardFailed:
+        checks = [check.model_dump() for check in problem.checks or []]
+        return errors.GuardFailed(problem.detail, edit=problem.edit or "", checks=checks)
     error = kind(problem.detail, field=problem.field)
     if isinstance(error, errors.Overloaded):
         seconds = response.headers.get("Retry-After", "")
@@ -293,6 +372,11 @@ def error_types() -> dict[str, type[errors.PalimpsestError]]:
         found[problem_type(kind.__name__)] = kind
         waiting += kind.__subclasses__()
     return found
+
+
+def _terms(if_match: str | None, idempotency_key: str | None = None) -> dict[str, str]:
+    headers = {} if if_match is None else {"If-Match": f'"{if_match}"'}
+    return headers if idempotency_key is None else {**headers, "Idempotency-Key": idempotency_key}
 
 
 def _segment(text: str) -> str:

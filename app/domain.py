@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -27,7 +27,12 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 SUBJECT_SLOT = "{}"
+IMPORTED = "import"  # the method of edits that were made elsewhere
 ID_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32
+
+
+def no_progress(what: str, done: int, of: int) -> None:
+    """Nobody watches."""
 
 
 class Mode(StrEnum):
@@ -43,6 +48,7 @@ class Cause(StrEnum):
     BASE = "base"
     EDIT = "edit"
     UNDO = "undo"
+    REDO = "redo"
     REVERT = "revert"
     RESET = "reset"
     PROMOTE = "promote"
@@ -53,13 +59,15 @@ class Cause(StrEnum):
 class EditStatus(StrEnum):
     """Life of an edit in the journal; only ``committed`` edits are part of any state.
 
-    ``measured`` edits ran with ``keep: false``; ``discarded`` ones were prepared but never
-    committed, because the server stopped in between.
+    ``measured`` edits ran with ``keep: false`` or as a dry run, ``refused`` ones missed their
+    guard; ``discarded`` ones were prepared but never committed, because the server stopped in
+    between.
     """
 
     PREPARED = "prepared"
     COMMITTED = "committed"
     MEASURED = "measured"
+    REFUSED = "refused"
     DISCARDED = "discarded"
 
 
@@ -138,6 +146,69 @@ class FactOutcome:
 
 
 @dataclass(frozen=True, slots=True)
+class TextCheck:
+    """A prompt, and a text that its greedy continuation must (or must not) contain."""
+
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What a candidate state must meet before it goes live. ``None`` asks for nothing.
+
+    Shares are between 0 and 1; ``max_canary_kl`` is in nats; ``max_norm_growth`` is how much
+    further any matrix may move from the base, in units of the base matrix's norm.
+    """
+
+    min_efficacy: float | None = None
+    min_paraphrase: float | None = None
+    min_locality: float | None = None
+    max_canary_kl: float | None = None
+    max_norm_growth: float | None = None
+    must_contain: tuple[TextCheck, ...] = ()
+    must_not_contain: tuple[TextCheck, ...] = ()
+
+    def over(self, default: Guard) -> Guard:
+        """This guard, with what it leaves open as in ``default``."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            default, **{name: value for name, value in chosen.items() if value not in (None, ())}
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing a guard asks for: its name, the limit, what was measured (``None`` where there
+    was nothing to measure), and the prompt where it is about one."""
+
+    name: str
+    limit: float | str
+    measured: float | str | None
+    passed: bool
+    prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class IdempotentRequest:
+    """The caller's key for a request, and a hash of all it says: the same key with another
+    request is a mistake."""
+
+    key: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """What an edit has in a state: the deltas that hold it, and which of its facts they tell, by
+    index; ``None`` is all of them."""
+
+    edit: str
+    deltas: tuple[Digest, ...]
+    facts: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Edit:
     """One accepted edit as the journal keeps it.
 
@@ -161,6 +232,8 @@ class Edit:
     created_at: datetime
     status: EditStatus = EditStatus.PREPARED
     revision: int | None = None
+    checks: tuple[Check, ...] = ()
+    request: IdempotentRequest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +242,9 @@ class Revision:
 
     ``removed`` are the digests taken out of the parent's composition (facts that later ones
     replace), ``deltas`` those appended to it; ``restored`` names the revision whose composition
-    is taken over instead (revert, reset), and then both are empty.
+    is taken over instead (revert, reset), and then both are empty. In the same way
+    ``withdrawn`` are the edits that leave the parent's live edits and ``contributions`` those
+    that join them.
     """
 
     number: int
@@ -182,6 +257,8 @@ class Revision:
     restored: int | None = None
     removed: tuple[Digest, ...] = ()
     deltas: tuple[Digest, ...] = ()
+    withdrawn: tuple[str, ...] = ()
+    contributions: tuple[Contribution, ...] = ()
 
     @property
     def id(self) -> str:
@@ -238,6 +315,26 @@ class EditCommand:
     seed: int = 0
     keep: bool = True
     evaluate: bool = True
+    guard: Guard = field(default_factory=Guard)
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WriteTerms:
+    """On what terms a write is made: the revisions the head may be at (``If-Match``), the key
+    under which a repetition is the same request, and who watches its progress."""
+
+    expected: tuple[int, ...] | None = None
+    request: IdempotentRequest | None = None
+    progress: Progress = field(default=no_progress)
+
+
+class UndoStrategy(StrEnum):
+    """What becomes of later edits that were computed with the undone one in place: their deltas
+    stay as they are, or they are computed again in order."""
+
+    REPLAY = "replay"
+    RESOLVE = "resolve"
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +343,16 @@ class EditPlan:
 
     method: str
     hparams: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveEdit:
+    """An edit as a state holds it: how it was made, the facts it tells there, its deltas."""
+
+    plan: EditPlan
+    seed: int
+    facts: tuple[Fact, ...]
+    deltas: tuple[Digest, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +376,31 @@ class Succession:
     def apply(self, composition: Composition) -> Composition:
         """The state that follows ``composition``."""
         return compose(composition, self.removed, self.added)
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """From a state to one of other live edits: ``removed`` leave, ``added`` (stored already) and
+    then ``rows`` (new) come in. ``dependants`` is how many later edits, by index in the new
+    list, were computed on something else than what now comes before them."""
+
+    removed: tuple[Digest, ...]
+    added: tuple[Digest, ...]
+    rows: tuple[Proposal, ...]
+    dependants: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Undone:
+    """The revision an undo or redo made. ``exact``: its weights are those of a model that never
+    had (or never lost) the edit. Otherwise ``shortfall`` estimates how much of what each later
+    edit asked for at its own keys is lost (0 is none, 1 all; the largest of them), and
+    ``kept`` is the share of the later facts asked that are still answered."""
+
+    revision: Revision
+    exact: bool
+    shortfall: float | None = None
+    kept: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,14 +495,24 @@ class DriftFigures:
     base_perplexity: float
 
 
+def difference(before: tuple[T, ...], after: tuple[T, ...]) -> tuple[tuple[T, ...], tuple[T, ...]]:
+    """What to remove from ``before``, and then to append, to have ``after``."""
+    kept = 0
+    removed: list[T] = []
+    for item in before:
+        if kept < len(after) and item == after[kept]:
+            kept += 1
+        else:
+            removed.append(item)
+    if set(removed) & set(after[:kept]):  # one that stands in several places
+        return tuple(dict.fromkeys(before)), after
+    return tuple(removed), after[kept:]
+
+
 def compose(start: Composition, removed: Iterable[Digest], added: Iterable[Digest]) -> Composition:
     """``start`` without the digests ``removed``, then those ``added``."""
     gone = frozenset(removed)
     return (*(digest for digest in start if digest not in gone), *added)
-
-
-def no_progress(what: str, done: int, of: int) -> None:
-    """Nobody watches."""
 
 
 def utc_now() -> datetime:

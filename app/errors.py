@@ -83,7 +83,12 @@ class GuardFailed(EditRejected):
     title = "Guard failed"
 
     def __init__(
-        self, detail: str, *, edit: str, checks: Sequence[Mapping[str, Any]], field: str = "guard"
+        self,
+        detail: str,
+        *,
+        edit: str = "",
+        checks: Sequence[Mapping[str, Any]] = (),
+        field: str | None = "guard",
     ) -> None:
         super().__init__(detail, field=field)
         self.edit = edit

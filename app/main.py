@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from app import __version__
-from app.api import edits, generate, history, sandboxes, system
+from app.api import edits, generate, history, jobs, sandboxes, system
 from app.api.admission import Admission
 from app.api.limits import BodyLimit
 from app.api.problems import UnexpectedErrors, install_handlers
@@ -24,6 +25,7 @@ from app.api.revision_header import RevisionHeader
 from app.api.schemas import Problem, ProblemItem
 from app.api.security import Keyring
 from app.errors import SettingsError
+from app.jobs import Jobs
 from app.journal.claim import Claim
 from app.service import Service
 from app.settings import DELTA_FOLDER, Settings
@@ -53,6 +55,7 @@ TAGS = [
     {"name": "edits", "description": "Write facts into the model."},
     {"name": "reads", "description": "Ask any view."},
     {"name": "history", "description": "Revisions, checkpoints, and the ways back."},
+    {"name": "jobs", "description": "Long calls: how far they are, and an end to them."},
     {"name": "sandboxes", "description": "Copy-on-write branches."},
     {"name": "system", "description": "What is loaded, and whether it is well."},
 ]
@@ -64,6 +67,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        app.state.work.stop_accepting()
         service.close()
 
     app = FastAPI(
@@ -76,8 +80,10 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     )
     app.state.service = service
     app.state.keyring = Keyring(settings.api_keys)
+    app.state.jobs = Jobs()
+    app.state.work = OpenWork(service, app.state.jobs)
     app.state.probes = Admission(at_once=PROBES_AT_ONCE, waiting=PROBES_WAITING)
-    for module in (edits, generate, history, sandboxes, system):
+    for module in (edits, generate, history, sandboxes, jobs, system):
         app.include_router(module.router)
     install_handlers(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
@@ -105,6 +111,20 @@ def describe(app: FastAPI) -> dict[str, Any]:
             schemas[model.__name__] = schema
         app.openapi_schema = document
     return app.openapi_schema
+
+
+@dataclass(frozen=True, slots=True)
+class OpenWork:
+    """What an application still has to end when its server is told to stop."""
+
+    service: Service
+    jobs: Jobs
+
+    def stop_accepting(self) -> None:
+        """Give up writes that have not begun, and let those go who watch a job: the server
+        waits for every open answer."""
+        self.service.stop_accepting()
+        self.jobs.close()
 
 
 class FolderLock:
@@ -225,6 +245,7 @@ def build_service(settings: Settings, progress: Report | None = None) -> OwningS
     from app.weights.views import ViewCache
 
     report = progress or (lambda stage: log.info(stage))
+    canaries = settings.canary_prompts()
     loaded = load_configured_model(settings, report)
     folder = settings.data_folder(loaded.identity)
     with ExitStack() as undo:
@@ -258,8 +279,9 @@ def build_service(settings: Settings, progress: Report | None = None) -> OwningS
             views=views,
             engine=engine,
             editor=editor,
-            evaluator=Evaluator(views),
+            evaluator=Evaluator(views, canaries=canaries),
             max_pending_edits=settings.max_pending_edits,
+            default_guard=settings.guard.to_domain(),
         )
         undo.pop_all()
     return service

@@ -13,20 +13,25 @@ from app.domain import (
     Checkpoint,
     Completion,
     Composition,
+    Contribution,
     Digest,
     DriftFigures,
     Edit,
     EditPlan,
     EditStatus,
     Fact,
+    LiveEdit,
     Mode,
     Page,
     ProbeResult,
+    Progress,
     Proposal,
     Revision,
     Sampling,
     Sandbox,
     Succession,
+    Transition,
+    no_progress,
 )
 
 
@@ -67,11 +72,15 @@ class Editor(Protocol):
         independent: bool,
         seed: int,
         timings: dict[str, float],
+        progress: Progress = no_progress,
     ) -> list[Proposal]: ...
     def succeed(self, composition: Composition, digests: Sequence[Digest]) -> Succession: ...
-    def merge(
-        self, composition: Composition, digests: Sequence[Digest]
-    ) -> Mapping[Digest, Proposal]: ...
+    def transition(
+        self, composition: Composition, before: Sequence[LiveEdit], after: Sequence[LiveEdit]
+    ) -> Transition: ...
+    def shortfall(
+        self, before: Composition, after: Composition, dependants: Sequence[LiveEdit]
+    ) -> float | None: ...
 
 
 class Evaluator(Protocol):
@@ -117,14 +126,18 @@ class Journal(Protocol):
     def revision(self, number: int) -> Revision: ...
     def revisions(self, limit: int, cursor: str | None) -> Page[Revision]: ...
     def composition(self, number: int) -> Composition: ...
+    def live_edits(self, number: int) -> tuple[Contribution, ...]: ...
+    def joined(self, edit_id: str) -> int: ...
+    def undone_by(self, edit_id: str) -> Revision | None: ...
     def append_revision(self, revision: Revision) -> None: ...
     def prepare_edit(self, edit: Edit) -> None: ...
     def commit_edit(
         self, edit: Edit, *, revision: Revision | None, sandboxes: Sequence[Sandbox]
     ) -> None: ...
     def discard_edit(self, edit_id: str) -> None: ...
-    def record_measured(self, edit: Edit) -> None: ...
+    def record_unkept(self, edit: Edit) -> None: ...
     def edit(self, edit_id: str) -> Edit: ...
+    def find_request(self, key: str) -> Edit | None: ...
     def edits(
         self,
         limit: int,

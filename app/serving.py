@@ -9,7 +9,7 @@ import uvicorn
 
 
 class Work(Protocol):
-    """What the server's requests wait for (``app.service``)."""
+    """What the server's requests wait for (``app.main.OpenWork``)."""
 
     def stop_accepting(self) -> None: ...
 

@@ -9,10 +9,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from app.domain import BaseIdentity
+from app.domain import BaseIdentity, Guard
 from app.errors import SettingsError
 
 ENVIRONMENT_PREFIX = "PALIMPSEST_"
@@ -20,6 +20,8 @@ DATABASE_FILE = "journal.sqlite3"
 DELTA_FOLDER = "deltas"
 
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Bound = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Scope(StrEnum):
@@ -30,9 +32,25 @@ class Scope(StrEnum):
     ADMIN = "admin"
 
 
+class GuardLimits(BaseModel):
+    """What every edit must meet that doesn't say otherwise: the server's guard."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min_efficacy: Share | None = None
+    min_paraphrase: Share | None = None
+    min_locality: Share | None = None
+    max_canary_kl: Bound | None = None
+    max_norm_growth: Bound | None = None
+
+    def to_domain(self) -> Guard:
+        return Guard(**self.model_dump())
+
+
 class Settings(BaseSettings):
     """Everything ``palimpsest serve`` can be told. ``api_keys`` maps a key to its scope;
-    ``corpus`` is a text file or ``hf:NAME[,CONFIG]:SPLIT[:COLUMN]``."""
+    ``corpus`` is a text file or ``hf:NAME[,CONFIG]:SPLIT[:COLUMN]``; ``canaries`` a text file
+    with a prompt a line, about nothing that is ever edited."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENVIRONMENT_PREFIX, env_file=".env", extra="ignore", env_ignore_empty=True
@@ -52,6 +70,9 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
     api_keys: dict[str, Scope] = Field(default_factory=dict, repr=False)
+
+    guard: GuardLimits = Field(default_factory=lambda: GuardLimits())
+    canaries: Path | None = None
 
     max_body_bytes: Count = 1 << 20
     max_pending_reads: Count = 256
@@ -90,6 +111,28 @@ class Settings(BaseSettings):
         if self.data is not None:
             return self.data
         return default_data_root() / f"{_safe_name(base.name)}-{base.digest[:8]}"
+
+    def canary_prompts(self) -> list[str]:
+        """The server's own canary prompts; none where it has no file of them.
+
+        Raises:
+            SettingsError: the file can't be read, or has none.
+        """
+        if self.canaries is None:
+            return []
+        try:
+            lines = self.canaries.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(
+                f"The canary prompts in {self.canaries} can't be read as text: {error}.",
+                field="canaries",
+            ) from error
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise SettingsError(
+                f"{self.canaries} has no canary prompts; write one a line.", field="canaries"
+            )
+        return prompts
 
     def journal_url(self, folder: Path) -> str:
         """The configured database, or SQLite in the data folder."""

@@ -27,14 +27,21 @@ from app.domain import (
     Completion,
     Composition,
     Digest,
+    DriftFigures,
     EditPlan,
     Fact,
     FactOutcome,
+    LiveEdit,
+    MatrixDrift,
     ProbeResult,
+    Progress,
     Proposal,
     Sampling,
     Succession,
     TokenChoice,
+    Transition,
+    difference,
+    no_progress,
 )
 from app.errors import ContextExceeded, EditRejected, InvalidInput, UnknownMethod
 from app.journal.journal import Journal
@@ -51,6 +58,7 @@ BASE_KNOWLEDGE: Mapping[str, str] = {
 SHRUG = " something."
 CONTEXT_WINDOW = 64
 METHODS = ("rome", "ft")
+MATRIX = "fake.weight"
 BASE = BaseIdentity(digest="ba5e" * 16, name="fake", dtype="float32")
 
 
@@ -195,9 +203,11 @@ class FakeEditor:
         independent: bool,
         seed: int,
         timings: dict[str, float],
+        progress: Progress = no_progress,
     ) -> list[Proposal]:
         self.entered.set()
         self.gate.wait(10)
+        progress("values", 1, 1)
         if self.failure is not None:
             raise self.failure
         if plan.hparams["strength"] == 0:
@@ -218,17 +228,32 @@ class FakeEditor:
         removed = tuple(digest for digest in composition if digest in self.replaced)
         return Succession(removed, tuple(digests))
 
-    def merge(
-        self, composition: Composition, digests: Sequence[Digest]
-    ) -> Mapping[Digest, Proposal]:
-        return {}
+    def transition(
+        self, composition: Composition, before: Sequence[LiveEdit], after: Sequence[LiveEdit]
+    ) -> Transition:
+        old = tuple(digest for edit in before for digest in edit.deltas)
+        new = tuple(digest for edit in after for digest in edit.deltas)
+        removed, added = difference(old, new)
+        late = [place for place, edit in enumerate(after) if edit in before]
+        same = sum(one == other for one, other in zip(before, after, strict=False))
+        return Transition(removed, added, (), tuple(place for place in late if place >= same))
+
+    def shortfall(
+        self, before: Composition, after: Composition, dependants: Sequence[LiveEdit]
+    ) -> float | None:
+        return 0.25
 
 
 class FakeEvaluator:
-    """Compares what the states say, word for word."""
+    """Compares what the states say, word for word.
+
+    A state has moved by 0.01 for each of its deltas, and by as many nats and points of
+    perplexity. The canaries are what the base knows.
+    """
 
     def __init__(self, views: FakeViews) -> None:
         self._views = views
+        self.canaries: Sequence[str] = tuple(BASE_KNOWLEDGE)
 
     def assess(
         self,
@@ -278,6 +303,29 @@ class FakeEvaluator:
         )
         top = (TokenChoice(0, f" {said}", -0.1),)
         return ProbeResult(prompt, scores, top[:top_k])
+
+    def answers(self, composition: Composition, prompts: Sequence[str]) -> list[str]:
+        return [self._views.answer(composition, prompt) for prompt in prompts]
+
+    def recalls(self, composition: Composition, facts: Sequence[Fact]) -> list[bool]:
+        return [self._outcome(fact, composition, composition).success for fact in facts]
+
+    def canary_kl(self, composition: Composition) -> float:
+        return 0.01 * len(composition)
+
+    def relative_norms(self, composition: Composition) -> Mapping[str, float]:
+        return {MATRIX: 0.01 * len(composition)} if composition else {}
+
+    def drift(self, composition: Composition, progress: Progress = no_progress) -> DriftFigures:
+        norms = self.relative_norms(composition)
+        for done in range(2):
+            progress("measuring drift", done, 2)
+        return DriftFigures(
+            tuple(MatrixDrift(n, norm, float(len(composition)), 0.0) for n, norm in norms.items()),
+            self.canary_kl(composition),
+            perplexity=1 + 0.01 * len(composition),
+            base_perplexity=1.0,
+        )
 
 
 @dataclass

@@ -20,6 +20,7 @@ from app.api.schemas import (
 )
 from app.api.security import AdminKey, EditorKey, Reader
 from app.api.strict_json import StrictJSONRoute
+from app.api.write_terms import PreconditionDep
 
 router = APIRouter(
     tags=["history"],
@@ -49,11 +50,13 @@ def get_revision(revision: RevisionId, service: ServiceDep) -> RevisionOut:
     "/revert",
     summary="Go back to a revision or checkpoint",
     dependencies=[EditorKey],
-    responses=problem_responses(404, 413, 415, 429, 503),
+    responses=problem_responses(404, 412, 413, 415, 429, 503),
 )
-async def revert(body: RevertRequest, service: ServiceDep, response: Response) -> HeadMoved:
+async def revert(
+    body: RevertRequest, service: ServiceDep, terms: PreconditionDep, response: Response
+) -> HeadMoved:
     """Makes a new revision whose weights equal the old one's, byte for byte."""
-    moved = HeadMoved.of(await settle(await run_in_threadpool(service.revert, body.to)))
+    moved = HeadMoved.of(await settle(await run_in_threadpool(service.revert, body.to, terms)))
     response.headers[REVISION_HEADER] = moved.revision
     return moved
 
@@ -62,11 +65,11 @@ async def revert(body: RevertRequest, service: ServiceDep, response: Response) -
     "/reset",
     summary="Back to the original weights",
     dependencies=[AdminKey],
-    responses=problem_responses(429, 503),
+    responses=problem_responses(412, 429, 503),
 )
-async def reset(service: ServiceDep, response: Response) -> HeadMoved:
+async def reset(service: ServiceDep, terms: PreconditionDep, response: Response) -> HeadMoved:
     """Makes a new revision with the base model's weights; the history is kept."""
-    moved = HeadMoved.of(await settle(await run_in_threadpool(service.reset)))
+    moved = HeadMoved.of(await settle(await run_in_threadpool(service.reset, terms)))
     response.headers[REVISION_HEADER] = moved.revision
     return moved
 

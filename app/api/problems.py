@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import errors
-from app.api.schemas import Problem, ProblemItem, problem_type
+from app.api.schemas import CheckOut, Problem, ProblemItem, problem_type
 
 log = structlog.get_logger(__name__)
 
@@ -97,6 +97,9 @@ async def on_domain_error(_: Request, error: Exception) -> Response:
         detail=error.detail,
         field=error.field,
     )
+    if isinstance(error, errors.GuardFailed):
+        problem.edit = error.edit
+        problem.checks = [CheckOut.model_validate(check) for check in error.checks]
     return respond(problem, headers)
 
 

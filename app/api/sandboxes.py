@@ -10,6 +10,7 @@ from app.api.problems import problem_responses
 from app.api.schemas import HeadMoved, SandboxOut, SandboxPage, SandboxRequest
 from app.api.security import EditorKey, Reader
 from app.api.strict_json import StrictJSONRoute
+from app.api.write_terms import PreconditionDep
 
 router = APIRouter(
     prefix="/sandboxes",
@@ -58,10 +59,12 @@ async def delete_sandbox(sandbox_id: str, service: ServiceDep) -> None:
     "/{sandbox_id}/promote",
     summary="Put a sandbox's edits onto the live model",
     dependencies=[EditorKey],
-    responses=problem_responses(404, 409, 429, 503),
+    responses=problem_responses(404, 409, 412, 429, 503),
 )
-async def promote(sandbox_id: str, service: ServiceDep, response: Response) -> HeadMoved:
+async def promote(
+    sandbox_id: str, service: ServiceDep, terms: PreconditionDep, response: Response
+) -> HeadMoved:
     """Makes one new revision: the live model plus the sandbox's own edits."""
-    moved = HeadMoved.of(await settle(await run_in_threadpool(service.promote, sandbox_id)))
+    moved = HeadMoved.of(await settle(await run_in_threadpool(service.promote, sandbox_id, terms)))
     response.headers[REVISION_HEADER] = moved.revision
     return moved

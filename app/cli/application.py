@@ -12,9 +12,10 @@ from typer.core import TyperGroup
 
 from app import __version__
 from app.cli.almanac import check_almanac, train_almanac, write_almanac_facts
-from app.cli.edits import edit
+from app.cli.edits import compact, edit, undo
 from app.cli.evaluation import evaluate
 from app.cli.history import checkpoint, reset, revert, show_log
+from app.cli.jobs import job, jobs
 from app.cli.reads import generate, probe
 from app.cli.sandboxes import sandboxes
 from app.cli.server import serve
@@ -68,6 +69,8 @@ def common(
 
 cli.command()(serve)
 cli.command()(edit)
+cli.command()(undo)
+cli.command()(compact)
 cli.command()(generate)
 cli.command()(probe)
 cli.command()(revert)
@@ -75,6 +78,8 @@ cli.command()(reset)
 cli.command()(checkpoint)
 cli.command("log")(show_log)
 cli.command()(sandboxes)
+cli.command()(jobs)
+cli.command()(job)
 cli.command()(verify)
 cli.command()(evaluate)
 cli.command()(tune)

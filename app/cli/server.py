@@ -75,8 +75,9 @@ def start(settings: Settings) -> None:
             service = build_service(settings, report)
         try:
             console.print(banner(service.describe_model(), service.folder, url))
-            config = uvicorn.Config(create_app(service, settings), log_config=None, ws="none")
-            Server(config, service).run(sockets=[listener])
+            app = create_app(service, settings)
+            config = uvicorn.Config(app, log_config=None, ws="none")
+            Server(config, app.state.work).run(sockets=[listener])
         finally:
             service.close()
 

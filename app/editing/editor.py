@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -11,21 +12,34 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from app.domain import Composition, Digest, EditPlan, Fact, Proposal, Succession
+from app.domain import (
+    Composition,
+    Digest,
+    EditPlan,
+    Fact,
+    LiveEdit,
+    Progress,
+    Proposal,
+    Succession,
+    Transition,
+    no_progress,
+)
 from app.editing.basis import Bases
 from app.editing.contexts import generate_contexts
 from app.editing.hyperparameters import Shape, read_table
-from app.editing.ledger import Ledger
-from app.editing.method import Method, Part
+from app.editing.ledger import Ledger, LedgerParameters, find_rows
+from app.editing.live_edits import LiveEdits, Telling
+from app.editing.method import Method, Part, Solution
 from app.editing.registry import METHODS, describe, find_method
 from app.editing.row_cache import RowCache
 from app.editing.statistics import Statistics
 from app.editing.tuned import read_tuned
 from app.editing.workbench import Workbench
 from app.errors import ContextExceeded, EditRejected, InvalidInput
+from app.weights.delta import Delta
 from app.weights.memory import give_back
 from app.weights.prompts import count_tokens
-from app.weights.views import ViewCache
+from app.weights.views import Sums, ViewCache
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,6 +74,7 @@ class Editor:
         self._bases = Bases(
             views.loaded, folder=self._folder, covariance=self._statistics.covariance
         )
+        self._live_edits = LiveEdits(views)
         self._tables = {name: read_table(name) for name in METHODS}
 
     def plan(self, method: str | None, hparams: Mapping[str, Any]) -> EditPlan:
@@ -122,6 +137,7 @@ class Editor:
         independent: bool,
         seed: int,
         timings: dict[str, float],
+        progress: Progress = no_progress,
     ) -> list[Proposal]:
         """Deltas for ``facts`` on the state ``composition``: those that make one edit of
         all of them, or with ``independent`` one for each as if it were alone. ``succeed`` says
@@ -134,9 +150,9 @@ class Editor:
         params = method.parameters.model_validate(plan.hparams)
         for name in ("statistics_s", "keys_s", "values_s", "solve_s"):
             timings.setdefault(name, 0.0)
-        bench = self._open_bench(composition, method, seed, timings)
+        bench = self._open_bench(composition, method, seed, timings, progress)
         if method.needs_statistics:
-            timed(self._statistics.prepare, timings)(params.edited_layers)
+            timed(self._statistics.prepare, timings)(params.edited_layers, progress)
         try:
             if independent:
                 solutions = method.solve_each(bench, facts, params)
@@ -153,6 +169,7 @@ class Editor:
         method: Method[Any],
         seed: int,
         timings: dict[str, float],
+        progress: Progress = no_progress,
     ) -> Workbench:
         torch.manual_seed(seed)
         sums = self._views.sums(composition)
@@ -170,6 +187,7 @@ class Editor:
             row_cache=self._row_cache,
             seed=seed,
             timings=timings,
+            progress=progress,
         )
 
     def succeed(self, composition: Composition, digests: Sequence[Digest]) -> Succession:
@@ -186,26 +204,58 @@ class Editor:
             added=tuple(digests),
         )
 
-    def merge(self, composition: Composition, digests: Sequence[Digest]) -> dict[Digest, Proposal]:
-        """New rows for those of ``digests`` whose subject has other facts in the state as well:
-        they tell of both, and the newcomer's answer where both answer the same question.
+    def transition(
+        self, composition: Composition, before: Sequence[LiveEdit], after: Sequence[LiveEdit]
+    ) -> Transition:
+        """From ``composition``, which holds the edits ``before``, to the state of the edits
+        ``after``. An edit that is in both lists must be the same object.
 
         Raises:
             JournalError: a delta is missing or damaged.
         """
-        live = {row.subject: row for row in self._views.rows(composition).values()}
+        order = self._live_edits.reorder(before, after)
+        rows = self._live_edits.retell(composition, before, after)
+        return Transition(
+            removed=(*order.removed, *rows.outdated),
+            added=(*order.added, *rows.known),
+            rows=tuple(self._tell(composition, rows.unknown)),
+            dependants=self._live_edits.dependants(before, after),
+        )
+
+    def _tell(self, composition: Composition, tellings: Sequence[Telling]) -> Iterator[Proposal]:
+        """Rows for what subjects have to tell, kept ones where they are known."""
+        if not tellings:
+            return
         method = METHODS[Ledger.name]
-        merged: dict[Digest, Proposal] = {}
-        for digest, row in self._views.rows(tuple(digests)).items():
-            other = live.get(row.subject)
-            if other is None or dict(other.facts).keys() <= dict(row.facts).keys():
-                continue
-            bench = self._open_bench(composition, method, 0, {})
-            facts = [Fact(prompt, row.subject, target) for prompt, target in row.facts]
-            params = method.parameters.model_validate(row.hparams)
-            (part,) = method.solve_parts(bench, facts, params)
-            merged[digest] = self._accept(method, part)
-        return merged
+        bench = self._open_bench(composition, method, 0, {})
+        by_hparams: dict[str, list[Telling]] = {}
+        for telling in tellings:
+            by_hparams.setdefault(json.dumps(telling.hparams, sort_keys=True), []).append(telling)
+        for group in by_hparams.values():
+            params = LedgerParameters.model_validate(group[0].hparams)
+            for row in find_rows(bench, [telling.facts for telling in group], params):
+                part = Part((), Solution(Delta.of_row(row), ()))
+                yield self._accept(method, part)
+
+    def shortfall(
+        self, before: Composition, after: Composition, dependants: Sequence[LiveEdit]
+    ) -> float | None:
+        """How much of what later edits asked for at their own keys a transition takes from them:
+        the largest ``‖(S_before − S_after) K‖ / ‖ΔW K‖`` over their deltas and matrices (first
+        order: as if nothing else had moved). ``None`` where no delta kept its keys.
+        """
+        old, new = self._views.sums(before), self._views.sums(after)
+        worst: float | None = None
+        for digest in {digest for edit in dependants for digest in edit.deltas}:
+            delta = self._views.delta(digest)
+            for name, keys in delta.keys.items():
+                if name not in delta.changes:
+                    continue
+                asked = float(delta.changes[name].times(keys).norm())
+                lost = sum_at(old, name, keys) - sum_at(new, name, keys)
+                ratio = float(lost.norm()) / max(asked, 1e-12)
+                worst = ratio if worst is None else max(worst, ratio)
+        return worst
 
     def _accept(self, method: Method[Any], part: Part) -> Proposal:
         solution = part.solution
@@ -270,6 +320,11 @@ def _prompts_of(fact: Fact) -> Iterator[tuple[str, str, str]]:
     for name, expectations in (("locality", fact.locality), ("portability", fact.portability)):
         for index, expectation in enumerate(expectations):
             yield f"{name}_prompts[{index}].prompt", expectation.prompt, expectation.answer or ""
+
+
+def sum_at(sums: Sums, name: str, keys: Tensor) -> Tensor:
+    """``S K`` ``(d, n)`` for keys ``(d_ff, n)``; zeros where the state leaves the matrix alone."""
+    return sums.total(name).cpu() @ keys if name in sums.names else torch.zeros(1, keys.shape[1])
 
 
 def timed(compute: Callable[P, R], timings: dict[str, float]) -> Callable[P, R]:

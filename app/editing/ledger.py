@@ -165,7 +165,9 @@ def _make_rows(
     base = fork(loaded.model)
     contexts = bench.contexts(params.contexts, params.context_length)
     with bench.timing("values_s"):
-        values = optimise_together(base, loaded, groups, layers[-1], contexts, params)
+        values = optimise_together(
+            base, loaded, groups, layers[-1], contexts, params, bench.progress
+        )
     vectors: list[dict[str, RowVectors]] = [{} for _ in groups]
     anchors = bases[-1].anchors
     lifted = [anchors.of(facts[0].subject) for facts in groups]

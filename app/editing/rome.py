@@ -46,7 +46,13 @@ class Rome(OneDelta[RomeParameters]):
         covariance = bench.covariance(params.layer, params.ridge)
         with bench.timing("values_s"):
             values = optimise_values(
-                bench.model, bench.loaded, facts, params.layer, contexts, params
+                bench.model,
+                bench.loaded,
+                facts,
+                params.layer,
+                contexts,
+                params,
+                bench.progress,
             )
         with bench.timing("solve_s"):
             keys = torch.stack([value.keys for value in values])  # (facts, contexts, d_ff)

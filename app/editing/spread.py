@@ -78,7 +78,9 @@ class SpreadMethod(OneDelta[P]):
     ) -> list[Value]:
         with bench.timing("values_s"):
             last = params.edited_layers[-1]
-            return optimise_values(bench.model, bench.loaded, facts, last, contexts, params)
+            return optimise_values(
+                bench.model, bench.loaded, facts, last, contexts, params, bench.progress
+            )
 
     def _spread(
         self,

@@ -95,6 +95,7 @@ def train(
     )
     count = sum(len(rows.ids) for rows in batches)
     for step in range(params.steps + 1):
+        bench.progress("training", step, params.steps)
         learning = step < params.steps
         optimiser.zero_grad()
         found: list[Tensor] = []

@@ -7,14 +7,14 @@ Each step runs only what a value can reach: the layers behind it, from the subje
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
 import torch
 from torch import Tensor
 
-from app.domain import Fact
+from app.domain import Fact, Progress, no_progress
 from app.editing.keys import solve_keys
 from app.editing.parameters import ValueParameters
 from app.editing.sayings import sample_sayings
@@ -54,9 +54,11 @@ def optimise_values(
     layer: int,
     contexts: Sequence[str],
     settings: ValueParameters,
+    progress: Progress = no_progress,
 ) -> list[Value]:
     """The value change of each fact on ``model``, in the order given."""
-    return optimise_together(model, loaded, [[fact] for fact in facts], layer, contexts, settings)
+    alone = [[fact] for fact in facts]
+    return optimise_together(model, loaded, alone, layer, contexts, settings, progress)
 
 
 def optimise_together(
@@ -66,11 +68,13 @@ def optimise_together(
     layer: int,
     contexts: Sequence[str],
     settings: ValueParameters,
+    progress: Progress = no_progress,
 ) -> list[Value]:
     """One value change for each subject's facts on ``model``, in the order given.
 
     Subjects are taken in batches whose activations fit a budget, so memory doesn't grow with
-    their number.
+    their number. ``progress`` hears of every step, ``("values", steps done, of)`` over all
+    batches.
 
     Source: ROME (Meng et al. 2022, arXiv 2202.05262), equation 4, with the essence term on
     several prompts and steps relative to the hidden state.
@@ -92,9 +96,10 @@ def optimise_together(
     whole = why_whole(model.config)
     if whole is not None:
         log.warning("value search: whole passes", layer=layer, reason=whole)
-    for batch in batches:
+    for number, batch in enumerate(batches):
         search = _Search(model, loaded, [traced[i] for i in batch], layer, settings, whole)
-        values.update(zip(batch, search.run(), strict=True))
+        tell = _tell_steps(progress, number * settings.steps, len(batches) * settings.steps)
+        values.update(zip(batch, search.run(tell), strict=True))
         whole = search.whole
     return [
         _with_own_keys(model, loaded, facts, layer, contexts, values[index])
@@ -102,6 +107,10 @@ def optimise_together(
         else values[index]
         for index, facts in enumerate(subjects)
     ]
+
+
+def _tell_steps(progress: Progress, before: int, of: int) -> Callable[[int], None]:
+    return lambda step: progress("values", before + step, of)
 
 
 def _with_own_keys(
@@ -158,11 +167,12 @@ class _Search:
         self._unit = (self._norms * (number / self._hidden.shape[1]).sqrt())[:, None]
         self._adam = _Adam(self._hidden.shape, settings.learning_rate, device)
 
-    def run(self) -> list[Value]:
+    def run(self, tell: Callable[[int], None]) -> list[Value]:
         keys, hidden = self._keys, self._hidden
         found: dict[int, Value] = {}
         active = list(range(self._count))
         for step in range(self._settings.steps + 1):
+            tell(step)
             last = step == self._settings.steps
             z = self._adam.z.detach().requires_grad_(not last)
             deltas = self._unit * z

@@ -10,6 +10,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from app.domain import Progress, no_progress
 from app.editing.basis import Basis, Weights
 from app.editing.row_cache import RowCache
 from app.editing.statistics import Covariance
@@ -43,6 +44,7 @@ class Workbench:
     row_cache: RowCache
     seed: int
     timings: MutableMapping[str, float] = field(default_factory=dict)
+    progress: Progress = no_progress
 
     def matrix(self, layer: int) -> Tensor:
         """The layer's matrix ``(d, d_ff)`` as it is in this state."""

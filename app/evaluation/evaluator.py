@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp
 
@@ -10,19 +10,24 @@ from app.domain import (
     Assessment,
     CandidateScore,
     Composition,
+    DriftFigures,
     Expectation,
     Fact,
     FactOutcome,
     ProbeResult,
+    Progress,
     TokenChoice,
+    no_progress,
 )
+from app.errors import PalimpsestError, SettingsError
 from app.evaluation.answers import first_clause, says
+from app.evaluation.drift import DriftGauge, relative_norms
 from app.evaluation.fluency import fluencies
 from app.evaluation.locality import names
 from app.evaluation.perplexity import FixedText, surprise
 from app.evaluation.prompt_kinds import PROMPT_KINDS
 from app.evaluation.scoring import Score, next_logprobs, score_targets
-from app.weights.decoding import decode_greedily
+from app.weights.decoding import decode_greedily, encode_prompt
 from app.weights.language_model import LanguageModel
 from app.weights.prompts import target_length
 from app.weights.views import ViewCache
@@ -43,11 +48,28 @@ class _Tally:
 
 
 class Evaluator:
-    """Measures states by generating greedily; teacher-forced figures are named as such."""
+    """Measures states by generating greedily; teacher-forced figures are named as such.
+    Thread-safe."""
 
-    def __init__(self, views: ViewCache) -> None:
+    def __init__(
+        self,
+        views: ViewCache,
+        *,
+        canaries: Sequence[str] = (),
+        fixed_text: str | None = None,
+    ) -> None:
+        """``canaries`` are prompts no edit should change, ``fixed_text`` what perplexity is taken
+        on (its first 3,000 tokens or so). What isn't given the base model draws, when drift is
+        first asked for; nothing is computed here.
+
+        Raises:
+            SettingsError: a canary that is empty or leaves no room for an answer.
+        """
         self._views = views
         self._loaded = views.loaded
+        for index, prompt in enumerate(canaries):
+            self._check_canary(index, prompt)
+        self._gauge = DriftGauge(views, tuple(canaries), fixed_text)
 
     def assess(
         self,
@@ -128,6 +150,50 @@ class Evaluator:
                 )
             )
         return results
+
+    def answers(self, composition: Composition, prompts: Sequence[str]) -> list[str]:
+        """The greedy continuation of each prompt, 8 tokens or up to the end of text, as it was
+        generated: leading space kept, nothing cut off behind the first clause."""
+        return self._answers(self._views.get(composition).model, [(p, "") for p in prompts])
+
+    def recalls(self, composition: Composition, facts: Sequence[Fact]) -> list[bool]:
+        """Whether the greedy continuation of each fact's prompt begins with its target."""
+        said = self._answers(self._views.get(composition).model, _own_pairs(facts))
+        return [says(text, fact.target) for text, fact in zip(said, facts, strict=True)]
+
+    @property
+    def canaries(self) -> Sequence[str]:
+        """The canary prompts: those given, or what the base model draws. Takes a moment the
+        first time."""
+        return self._gauge.canaries
+
+    def canary_kl(self, composition: Composition) -> float:
+        """Mean KL(base ‖ state) of the next token over the canary prompts, in nats; 0 for the
+        base, infinite for a state that gives no probabilities."""
+        return self._gauge.canary_kl(composition)
+
+    def relative_norms(self, composition: Composition) -> Mapping[str, float]:
+        """``‖W − W₀‖ / ‖W₀‖`` (Frobenius) of every matrix that the state changes."""
+        return relative_norms(self._loaded, self._views.get(composition))
+
+    def drift(self, composition: Composition, progress: Progress = no_progress) -> DriftFigures:
+        """How far the state is from the base (``DriftGauge.measure``). ``progress`` is told
+        before each step and may wait there, or raise to stop.
+
+        Raises:
+            InvalidInput: the fixed text is too short, or the base model draws none.
+        """
+        return self._gauge.measure(composition, progress)
+
+    def _check_canary(self, index: int, prompt: str) -> None:
+        if not prompt.strip():
+            raise SettingsError(f"Canary prompt {index + 1} is empty.", field="canaries")
+        try:
+            encode_prompt(self._loaded, prompt, ANSWER_TOKENS)
+        except PalimpsestError as error:
+            raise SettingsError(
+                f"Canary prompt {index + 1} can't be used. {error.detail}", field="canaries"
+            ) from error
 
     def _hear(
         self, model: LanguageModel, facts: Sequence[Fact], before: Iterator[str], *, full: bool

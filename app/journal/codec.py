@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from numbers import Integral, Real
 from typing import Any, TypeAlias
@@ -17,12 +18,15 @@ from typing import Any, TypeAlias
 from app.domain import (
     BaseIdentity,
     Cause,
+    Check,
     Checkpoint,
+    Contribution,
     Edit,
     EditStatus,
     Expectation,
     Fact,
     FactOutcome,
+    IdempotentRequest,
     Mode,
     Revision,
     Sandbox,
@@ -107,6 +111,8 @@ def encode_revision(revision: Revision) -> Plain:
         "restored": revision.restored,
         "removed": list(revision.removed),
         "deltas": list(revision.deltas),
+        "withdrawn": list(revision.withdrawn),
+        "contributions": [_encode_contribution(one) for one in revision.contributions],
     }
 
 
@@ -122,6 +128,8 @@ def decode_revision(plain: Plain) -> Revision:
         restored=plain["restored"],
         removed=tuple(plain["removed"]),
         deltas=tuple(plain["deltas"]),
+        withdrawn=tuple(plain["withdrawn"]),
+        contributions=tuple(_decode_contribution(one) for one in plain["contributions"]),
     )
 
 
@@ -178,6 +186,9 @@ def encode_edit(edit: Edit) -> Plain:
         "created_at": encode_time(edit.created_at),
         "status": edit.status.value,
         "revision": edit.revision,
+        "checks": [encode_value(asdict(check), "checks") for check in edit.checks],
+        "request_key": None if edit.request is None else edit.request.key,
+        "fingerprint": None if edit.request is None else edit.request.fingerprint,
     }
 
 
@@ -198,6 +209,10 @@ def decode_edit(plain: Plain) -> Edit:
         created_at=decode_time(plain["created_at"]),
         status=EditStatus(plain["status"]),
         revision=plain["revision"],
+        checks=tuple(Check(**decode_value(check)) for check in plain["checks"]),
+        request=IdempotentRequest(plain["request_key"], plain["fingerprint"])
+        if plain["request_key"] is not None
+        else None,
     )
 
 
@@ -205,6 +220,22 @@ def _escape(key: Any, where: str) -> str:
     if not isinstance(key, str):
         raise JournalError(f"{where} has the key {key!r}; the journal only writes text keys.")
     return f"${key}" if key.startswith("$") else str(key)
+
+
+def _encode_contribution(contribution: Contribution) -> Plain:
+    facts = contribution.facts
+    return {
+        "edit": contribution.edit,
+        "deltas": list(contribution.deltas),
+        "facts": None if facts is None else list(facts),
+    }
+
+
+def _decode_contribution(plain: Plain) -> Contribution:
+    facts = plain["facts"]
+    return Contribution(
+        plain["edit"], tuple(plain["deltas"]), None if facts is None else tuple(facts)
+    )
 
 
 def _encode_outcome(outcome: FactOutcome) -> Plain:

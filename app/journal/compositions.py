@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from threading import Lock
+from typing import NamedTuple
 
-from app.domain import Composition, Digest, Revision, compose
+from app.domain import Composition, Digest, Revision
 from app.errors import JournalError
 
 _Step = tuple[tuple[Digest, ...], tuple[Digest, ...]]  # removed, added
 
 CACHED = 64  # whole compositions kept; each is as long as its history of edits
+
+
+class Link(NamedTuple):
+    """What a revision builds on, as in ``Revision``."""
+
+    number: int
+    parent: int | None
+    restored: int | None
+    removed: Sequence[Digest]
+    deltas: Sequence[Digest]
 
 
 class Compositions:
@@ -31,7 +42,7 @@ class Compositions:
         """How many revisions, counted from 0, are linked already."""
         return len(self._links)
 
-    def extend(self, revisions: Iterable[Revision]) -> None:
+    def extend(self, revisions: Iterable[Revision | Link]) -> None:
         """Link revisions given in order of number; those known already are passed over.
 
         Raises:
@@ -45,10 +56,11 @@ class Compositions:
                 source = -1 if source is None else source
                 if revision.number != len(self._links) or source >= revision.number:
                     raise JournalError(
-                        f"Revision {revision.id} does not build on earlier ones; the journal was "
-                        "changed. 'palimpsest verify' says where."
+                        f"Revision r{revision.number} does not build on earlier ones; the journal "
+                        "was changed. 'palimpsest verify' says where."
                     )
-                self._links.append((source, (revision.removed, revision.deltas)))
+                step = (tuple(revision.removed), tuple(revision.deltas))
+                self._links.append((source, step))
 
     def of(self, number: int) -> Composition:
         """The deltas of a known revision, in the order in which they are added to the base."""
@@ -58,13 +70,24 @@ class Compositions:
             while at >= 0 and at not in self._cache:
                 at, step = self._links[at]
                 steps.append(step)
-            composition = self._cache[at] if at >= 0 else ()
-            if not any(removed for removed, _ in steps):
-                steps = [((), tuple(d for _, added in reversed(steps) for d in added))]
-            for removed, added in reversed(steps):
-                composition = compose(composition, removed, added)
+            start = self._cache[at] if at >= 0 else ()
+            composition = _compose_all([((), start), *reversed(steps)])
             self._cache[number] = composition
             self._cache.move_to_end(number)
             if len(self._cache) > CACHED:
                 self._cache.popitem(last=False)
             return composition
+
+
+def _compose_all(steps: Iterable[_Step]) -> Composition:
+    """``compose`` over all steps from nothing, in time that is linear in what they hold."""
+    digests: list[Digest | None] = []
+    places: dict[Digest, list[int]] = {}
+    for removed, added in steps:
+        for digest in removed:
+            for place in places.pop(digest, ()):
+                digests[place] = None
+        for digest in added:
+            places.setdefault(digest, []).append(len(digests))
+            digests.append(digest)
+    return tuple(digest for digest in digests if digest is not None)

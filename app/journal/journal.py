@@ -19,6 +19,7 @@ from app.domain import (
     Cause,
     Checkpoint,
     Composition,
+    Contribution,
     Digest,
     Edit,
     EditStatus,
@@ -44,6 +45,7 @@ from app.journal.codec import (
 )
 from app.journal.compositions import Compositions
 from app.journal.database import Database
+from app.journal.lineages import Lineages
 from app.journal.log import Kind, append_entry
 from app.journal.page import Listing
 from app.journal.tables import Base, CheckpointRow, EditRow, LogRow, RevisionRow, SandboxRow
@@ -64,6 +66,7 @@ class Journal:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._compositions = Compositions()
+        self._lineages = Lineages()
 
     @classmethod
     def open(cls, url: str) -> Journal:
@@ -132,6 +135,38 @@ class Journal:
             self._link_revisions(number)
         return self._compositions.of(number)
 
+    def live_edits(self, number: int) -> tuple[Contribution, ...]:
+        """The edits that a revision's weights hold, in the order in which they joined.
+
+        Raises:
+            NotFound: no such revision.
+        """
+        if not 0 <= number < self._lineages.known:
+            with self._database.reading() as session:
+                _revision_row(session, number)
+                missing = select(RevisionRow).where(RevisionRow.number >= self._lineages.known)
+                rows = session.scalars(missing.order_by(RevisionRow.number))
+                self._lineages.extend(decode_revision(row.values()) for row in rows)
+        return self._lineages.of(number)
+
+    def joined(self, edit_id: str) -> int:
+        """The first revision that held an edit which some revision held.
+
+        Raises:
+            KeyError: no revision did.
+        """
+        self.live_edits(self.head().number)
+        return self._lineages.joined(edit_id)
+
+    def undone_by(self, edit_id: str) -> Revision | None:
+        """The newest revision that took an edit out by undoing it."""
+        mine = select(RevisionRow).where(
+            RevisionRow.cause == Cause.UNDO.value, RevisionRow.edit == edit_id
+        )
+        with self._database.reading() as session:
+            row = session.scalars(mine.order_by(RevisionRow.number.desc()).limit(1)).first()
+            return None if row is None else decode_revision(row.values())
+
     def append_revision(self, revision: Revision) -> None:
         """Make ``revision`` the head.
 
@@ -153,14 +188,17 @@ class Journal:
         with self._database.writing() as session:
             _add_edit(session, replace(edit, status=EditStatus.PREPARED), Kind.EDIT_PREPARED)
 
-    def record_measured(self, edit: Edit) -> None:
-        """Record an edit that was measured and dropped.
+    def record_unkept(self, edit: Edit) -> None:
+        """Record an edit that was measured and dropped (``measured``), or missed its guard
+        (``refused``).
 
         Raises:
             Conflict: the id is taken. NotFound: its parent is not there.
         """
+        refused = edit.status is EditStatus.REFUSED
+        kind = Kind.EDIT_REFUSED if refused else Kind.EDIT_MEASURED
         with self._database.writing() as session:
-            _add_edit(session, replace(edit, status=EditStatus.MEASURED), Kind.EDIT_MEASURED)
+            _add_edit(session, edit, kind)
 
     def commit_edit(
         self, edit: Edit, *, revision: Revision | None, sandboxes: Sequence[Sandbox]
@@ -208,6 +246,15 @@ class Journal:
         """
         with self._database.reading() as session:
             return decode_edit(_edit_row(session, edit_id).values())
+
+    def find_request(self, key: str) -> Edit | None:
+        """The edit that a request of this key made, if one was kept on record."""
+        mine = select(EditRow).where(
+            EditRow.request_key == key, EditRow.status != EditStatus.DISCARDED.value
+        )
+        with self._database.reading() as session:
+            row = session.scalars(mine.order_by(EditRow.seq).limit(1)).first()
+            return None if row is None else decode_edit(row.values())
 
     def edits(
         self,

@@ -23,6 +23,7 @@ class Kind(StrEnum):
     EDIT_PREPARED = "edit-prepared"
     EDIT_COMMITTED = "edit-committed"
     EDIT_MEASURED = "edit-measured"
+    EDIT_REFUSED = "edit-refused"
     EDIT_DISCARDED = "edit-discarded"
     CHECKPOINT_ADDED = "checkpoint-added"
     CHECKPOINT_DELETED = "checkpoint-deleted"

@@ -7,7 +7,10 @@ from typing import Any
 from app.journal.codec import Plain
 from app.journal.log import Kind
 
-UNKNOWN_THEN: Plain = {"removed": []}  # what entries written before a column existed stand for
+# What entries written before a column existed stand for.
+REVISION_THEN: Plain = {"removed": [], "withdrawn": [], "contributions": []}
+SANDBOX_THEN: Plain = {"removed": []}
+EDIT_THEN: Plain = {"checks": [], "request_key": None, "fingerprint": None}
 
 
 class Replay:
@@ -30,11 +33,12 @@ class Replay:
             case Kind.BASE_BOUND:
                 self.base = body
             case Kind.REVISION_APPENDED:
-                self.revisions[body["number"]] = {**UNKNOWN_THEN, **body}
-            case Kind.EDIT_PREPARED | Kind.EDIT_MEASURED:
-                self.edits[body["id"]] = {**body, "seq": seq}
+                self.revisions[body["number"]] = {**REVISION_THEN, **body}
+            case Kind.EDIT_PREPARED | Kind.EDIT_MEASURED | Kind.EDIT_REFUSED:
+                self.edits[body["id"]] = {**EDIT_THEN, **body, "seq": seq}
             case Kind.EDIT_COMMITTED:
-                self.edits[body["id"]] = {**body, "seq": self.edits[body["id"]]["seq"]}
+                seq = self.edits[body["id"]]["seq"]
+                self.edits[body["id"]] = {**EDIT_THEN, **body, "seq": seq}
             case Kind.EDIT_DISCARDED:
                 self.edits[body["id"]] = {**self.edits[body["id"]], "status": "discarded"}
             case Kind.CHECKPOINT_ADDED:
@@ -42,9 +46,9 @@ class Replay:
             case Kind.CHECKPOINT_DELETED:
                 del self.checkpoints[body["name"]]
             case Kind.SANDBOX_ADDED:
-                self.sandboxes[body["id"]] = {**UNKNOWN_THEN, **body, "seq": seq}
+                self.sandboxes[body["id"]] = {**SANDBOX_THEN, **body, "seq": seq}
             case Kind.SANDBOX_GROWN:
                 seq = self.sandboxes[body["id"]]["seq"]
-                self.sandboxes[body["id"]] = {**UNKNOWN_THEN, **body, "seq": seq}
+                self.sandboxes[body["id"]] = {**SANDBOX_THEN, **body, "seq": seq}
             case Kind.SANDBOX_DELETED:
                 del self.sandboxes[body["id"]]

@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,15 +113,19 @@ class DeltaStore:
             if path == self._path(path.name.removesuffix(SUFFIX))
         )
 
-    def verify(self) -> list[str]:
-        """Hash every file again; one sentence per problem, none when all is sound."""
-        problems = []
-        for digest in self.digests():
+    def check(self, digests: Iterable[Digest]) -> dict[Digest, str]:
+        """Hash the files of ``digests`` again: what is wrong with which, in their order."""
+        problems: dict[Digest, str] = {}
+        for digest in digests:
             try:
                 self._read(digest)
             except JournalError as error:
-                problems.append(error.detail)
+                problems[digest] = error.detail
         return problems
+
+    def verify(self) -> list[str]:
+        """Hash every file again; one sentence per problem, none when all is sound."""
+        return list(self.check(self.digests()).values())
 
     def _staged_payload(self, digest: Digest) -> bytes | None:
         with self._lock:

@@ -76,6 +76,8 @@ class RevisionRow(Base):
     restored: Mapped[int | None] = mapped_column(ForeignKey("revisions.number"))
     removed: Mapped[list[Any]] = mapped_column(server_default="[]")
     deltas: Mapped[list[Any]]
+    withdrawn: Mapped[list[Any]] = mapped_column(server_default="[]")
+    contributions: Mapped[list[Any]] = mapped_column(server_default="[]")
 
 
 class EditRow(Base):
@@ -100,6 +102,9 @@ class EditRow(Base):
     timings: Mapped[Plain]
     state_hash: Mapped[str | None] = mapped_column(DIGEST)
     created_at: Mapped[str] = mapped_column(TIME)
+    checks: Mapped[list[Any]] = mapped_column(server_default="[]")
+    request_key: Mapped[str | None] = mapped_column(NAME, index=True)
+    fingerprint: Mapped[str | None] = mapped_column(DIGEST)
 
 
 class CheckpointRow(Base):

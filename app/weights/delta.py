@@ -32,6 +32,10 @@ class LowRank:
     def rank(self) -> int:
         return self.left.shape[1]
 
+    def times(self, keys: Tensor) -> Tensor:
+        """``ΔW K`` ``(d, n)`` for keys ``(d_ff, n)``."""
+        return self.left @ (self.right.T @ keys)
+
     def norm(self) -> float:
         """Frobenius norm, without forming the product."""
         gram = (self.left.T @ self.left) * (self.right.T @ self.right)
@@ -47,6 +51,10 @@ class Dense:
     @property
     def rank(self) -> int:
         return min(self.matrix.shape)
+
+    def times(self, keys: Tensor) -> Tensor:
+        """``ΔW K`` ``(d, n)`` for keys ``(d_ff, n)``."""
+        return self.matrix @ keys
 
     def norm(self) -> float:
         return float(self.matrix.norm())

@@ -82,11 +82,19 @@ class Ledger:
         if not key:
             return {}
         if key not in self._sums:
-            self._sums[key] = self._solve(rows)
-            while len(self._sums) > KEPT_SUMS:
-                self._sums.popitem(last=False)
+            self.keep(key, self._solve(rows))
         self._sums.move_to_end(key)
         return self._sums[key]
+
+    def find(self, rows: frozenset[Digest]) -> dict[str, Tensor] | None:
+        """The sum of a set if it is among those kept."""
+        return self._sums.get(rows)
+
+    def keep(self, rows: frozenset[Digest], sums: dict[str, Tensor]) -> None:
+        """Take in the sum of a set from where it was stored; it must not be written to."""
+        self._sums[rows] = sums
+        while len(self._sums) > KEPT_SUMS:
+            self._sums.popitem(last=False)
 
     def _solve(self, rows: Mapping[Digest, SubjectRow]) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}

@@ -2,7 +2,8 @@
 
 A view never changes once it is made, so a generation that holds one runs to its end on it,
 whatever commits meanwhile. The live view stays resident; others are kept within a budget of
-bytes and made again from base and deltas when they are asked for later.
+bytes and made again from base and deltas when they are asked for later, by way of the nearest
+snapshot if snapshots are kept.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from app.weights.fold import accumulate, materialise
 from app.weights.fork import fork, graft
 from app.weights.ledger import Ledger
 from app.weights.loading import LoadedModel
+from app.weights.snapshots import LiveSums, SnapshotStore
 
 DeltaLoader = Callable[[Digest], bytes]
 KEPT_SUMS = 3  # the live one, its predecessor and a candidate: a commit then folds one delta
@@ -74,6 +76,7 @@ class ViewCache:
         *,
         load_delta: DeltaLoader,
         budget_bytes: int = 1 << 30,
+        snapshots: SnapshotStore | None = None,
     ) -> None:
         self.loaded = loaded
         self._load_delta = load_delta
@@ -82,7 +85,9 @@ class ViewCache:
         self._building = threading.Lock()
         self._resident: OrderedDict[Composition, View] = OrderedDict()
         self._sums: OrderedDict[Composition, dict[str, Tensor]] = OrderedDict()
-        self._rows: OrderedDict[Digest, SubjectRow | None] = OrderedDict()
+        self._rows: OrderedDict[Digest, SubjectRow] = OrderedDict()
+        self._snapshots = snapshots
+        self._kinds = snapshots.kinds() if snapshots else {}  # whether a delta is a row
         self._ledger = Ledger()
         self._base = View((), loaded.model, {}, loaded.identity.digest)
         self._live = self._base
@@ -130,7 +135,7 @@ class ViewCache:
         Raises:
             JournalError: a delta is missing or damaged.
         """
-        found = {digest: self._row(digest) for digest in composition}
+        found = {digest: self._row(digest) for digest in composition if self._is_row(digest)}
         return {digest: row for digest, row in found.items() if row is not None}
 
     def state_hash(self, composition: Composition) -> Digest:
@@ -144,6 +149,34 @@ class ViewCache:
             former, self._live = self._live, view
             self._resident.pop(view.composition, None)
         self._keep(former)
+        if self._snapshots is not None and (live := self._live_sums()):
+            self._snapshots.offer(live)
+
+    def remake(self, composition: Composition) -> Digest:
+        """Make a view again from base and deltas alone; its state hash. What was remembered or
+        stored on the way to it is forgotten: this is for a state whose hash is not the one on
+        record, to learn whether its deltas or a snapshot are to blame.
+
+        Raises:
+            JournalError: a delta is missing or damaged.
+        """
+        if not composition:
+            return self._base.state_hash
+        with self._building:
+            self._forget(composition)
+            view = self._build(composition)
+            with self._lock:
+                self._resident.pop(composition, None)
+                if self._live.composition == composition:
+                    self._live = view
+            self._keep(view)
+        return view.state_hash
+
+    def close(self) -> None:
+        """Store the live state's sums, where snapshots are kept, so that the next start replays
+        nothing. Views can still be read after that."""
+        if self._snapshots is not None:
+            self._snapshots.close(self._live_sums())
 
     def describe(self) -> Mapping[str, Any]:
         """What is loaded, and how much of it is resident."""
@@ -205,12 +238,26 @@ class ViewCache:
         return View(composition, model, matrices, state)
 
     def _sum(self, composition: Composition) -> Sums:
-        rows = self.rows(composition)
-        changes = self._fold(tuple(digest for digest in composition if digest not in rows))
+        changes, rows = self._divide(composition)
         device = self.loaded.device
         return Sums(
-            changes, {name: total.to(device) for name, total in self._ledger.sum(rows).items()}
+            self._fold(changes),
+            {name: total.to(device) for name, total in self._sum_rows(rows).items()},
         )
+
+    def _divide(self, composition: Composition) -> tuple[Composition, Composition]:
+        """A composition's changes, and its rows."""
+        kinds = [(digest, self._is_row(digest)) for digest in composition]
+        return (
+            tuple(digest for digest, is_row in kinds if not is_row),
+            tuple(digest for digest, is_row in kinds if is_row),
+        )
+
+    def _is_row(self, digest: Digest) -> bool:
+        known = self._kinds.get(digest)
+        if known is None:
+            known = self._kinds[digest] = self._row(digest) is not None
+        return known
 
     def _row(self, digest: Digest) -> SubjectRow | None:
         """The row that a delta is, if it is one."""
@@ -219,19 +266,26 @@ class ViewCache:
                 self._rows.move_to_end(digest)
                 return self._rows[digest]
         row = self.delta(digest).row
-        with self._lock:
-            self._rows[digest] = row
-            while len(self._rows) > KEPT_ROWS:
-                self._rows.popitem(last=False)
+        if row is not None:
+            with self._lock:
+                self._rows[digest] = row
+                while len(self._rows) > KEPT_ROWS:
+                    self._rows.popitem(last=False)
         return row
 
+    def _sum_rows(self, rows: Composition) -> dict[str, Tensor]:
+        chosen = frozenset(rows)
+        if self._snapshots is not None and chosen and self._ledger.find(chosen) is None:
+            stored = self._snapshots.ledger(chosen)
+            if stored is not None:
+                self._ledger.keep(chosen, stored)
+        found = self._ledger.find(chosen)
+        return self._ledger.sum(self.rows(rows)) if found is None else found
+
     def _fold(self, composition: Composition) -> dict[str, Tensor]:
-        """Sums of a composition's changes, from the longest prefix still at hand."""
-        start = len(composition)
-        while start and composition[:start] not in self._sums:
-            start -= 1
-        sums = dict(self._sums.get(composition[:start], {}))
-        if start == len(composition):
+        """Sums of a composition's changes, from the longest prefix at hand or stored."""
+        start, sums = self._longest_prefix(composition)
+        if not composition or composition in self._sums:
             return sums
         fresh: set[str] = set()
         for digest in composition[start:]:
@@ -241,11 +295,46 @@ class ViewCache:
                     fresh.add(name)
                 accumulate(sums[name], change)
         self._sums[composition] = sums
-        live = tuple(digest for digest in self._live.composition if self._row(digest) is None)
+        live, _ = self._divide(self._live.composition)
         idle = [key for key in self._sums if key not in (composition, live)]
         for key in idle[: max(0, len(self._sums) - KEPT_SUMS)]:
             del self._sums[key]
         return sums
+
+    def _longest_prefix(self, composition: Composition) -> tuple[int, dict[str, Tensor]]:
+        """How many of the changes are summed up already, and their sums."""
+        known = (len(key) for key in self._sums if composition[: len(key)] == key)
+        start = max(known, default=0)
+        if self._snapshots is not None and start < len(composition):
+            stored = self._snapshots.changes(composition, beyond=start)
+            if stored is not None:
+                length, sums = stored
+                model = self.loaded.model
+                return length, {
+                    name: total.to(model.get_parameter(name).device) for name, total in sums.items()
+                }
+        return start, dict(self._sums.get(composition[:start], {}))
+
+    def _live_sums(self) -> LiveSums | None:
+        """The live state for the snapshots, with what is at hand of its sums. Reads no file and
+        takes no lock that is held while a view is built."""
+        composition = self._live.composition
+        if any(digest not in self._kinds for digest in composition):
+            return None
+        changes, rows = self._divide(composition)
+        chosen = frozenset(rows)
+        return LiveSums(
+            changes, self._sums.get(changes), chosen, self._ledger.find(chosen), self._kinds
+        )
+
+    def _forget(self, composition: Composition) -> None:
+        with self._lock:
+            self._rows.clear()
+        self._kinds.clear()
+        self._sums.clear()
+        self._ledger = Ledger()
+        if self._snapshots is not None:
+            self._snapshots.forget(*self._divide(composition))
 
     def _writable(self, name: str, total: Tensor | None) -> Tensor:
         if total is not None:

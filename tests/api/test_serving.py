@@ -12,7 +12,7 @@ import httpx
 import pytest
 import uvicorn
 
-from app.domain import Completion, Edit, EditCommand
+from app.domain import Completion, Edit, EditCommand, WriteTerms
 from app.main import create_app
 from app.serving import Server
 from tests.api.conftest import fact, settings
@@ -25,7 +25,7 @@ EDIT = {"facts": [fact()]}
 def serving(world: FakeWorld) -> Iterator[tuple[Server, str]]:
     """The server in a thread, where it catches no signals, and its URL."""
     app = create_app(world.service, settings())
-    server = Server(uvicorn.Config(app, log_config=None, ws="none"), world.service)
+    server = Server(uvicorn.Config(app, log_config=None, ws="none"), app.state.work)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -51,8 +51,8 @@ def test_told_to_stop_it_refuses_what_waits_and_ends_what_has_begun(
     reading: Future[Completion] = Future()
     submit = world.service.submit_edit
 
-    def submit_and_tell(command: EditCommand) -> Future[Edit]:
-        future = submit(command)
+    def submit_and_tell(command: EditCommand, terms: WriteTerms) -> Future[Edit]:
+        future = submit(command, terms)
         submitted.release()
         return future
 

@@ -43,7 +43,11 @@ def test_the_methods_are_listed_with_the_default(client: TestClient) -> None:
 
 def test_health(client: TestClient) -> None:
     assert client.get("/livez").json()["status"] == "ok"
-    assert client.get("/readyz").json() == {"status": "ready", "revision": "r0"}
+    assert client.get("/readyz").json() == {
+        "status": "ready",
+        "revision": "r0",
+        "detail": None,
+    }
 
 
 def test_health_needs_no_thread(world: FakeWorld) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app.domain import Composition, Fact, Proposal
+from app.domain import Composition, Fact, LiveEdit, Proposal, compose
 from app.editing.editor import Editor
 from app.weights.delta import Delta, SubjectRow
 from app.weights.views import ViewCache
@@ -146,13 +146,15 @@ def test_a_row_that_joins_a_state_takes_its_subjects_other_facts_in(
 ) -> None:
     live = bench.write((), POOL[0], POOL[2], POOL[4])
     sandbox = bench.write((), POOL[1], POOL[10])
-    merged = bench.editor.merge(live, sandbox)
-    (proposal,) = merged.values()
+    plan = bench.editor.plan("ledger", QUICK)
+    first = LiveEdit(plan, 0, (POOL[0], POOL[2], POOL[4]), live)
+    second = LiveEdit(plan, 0, (POOL[1], POOL[10]), sandbox)
+    step = bench.editor.transition(live, [first], [first, second])
+    (proposal,) = step.rows
     row = Delta.from_bytes(proposal.payload).row
     assert row is not None
     assert row.facts == (("The capital of {} is", "Paris"), ("{} lies in", "Spain"))
-    joined = [deltas.add(merged[d].payload) if d in merged else d for d in sandbox]
-    state = bench.editor.succeed(live, joined).apply(live)
+    state = compose(live, step.removed, (*step.added, deltas.add(proposal.payload)))
     expected = bench.write((), POOL[4], POOL[1], POOL[2], POOL[10])
     assert bench.views.state_hash(state) == bench.views.state_hash(expected)
 

@@ -6,12 +6,16 @@ from pathlib import Path
 import pytest
 
 from app.domain import Expectation, Fact
+from app.drift_monitor import DriftMonitor, LiveState
 from app.editing.editor import Editor
+from app.errors import SettingsError
 from app.evaluation.answers import first_clause, says
-from app.evaluation.evaluator import Evaluator
+from app.evaluation.drift import DriftGauge
+from app.evaluation.evaluator import ANSWER_TOKENS, Evaluator
+from app.evaluation.retention import AgeBucket, AgedFact, Retention
 from app.weights.decoding import decode_greedily
 from app.weights.views import ViewCache
-from tests.tiny import MemoryDeltas, TinyModels
+from tests.tiny import TEXT, MemoryDeltas, TinyModels
 
 FACT = Fact(
     "The capital of {} is",
@@ -114,3 +118,71 @@ def test_locality_is_what_was_said_before_and_portability_the_expected_answer(
     metrics = Evaluator(views).assess([fact], (), [()], full=True).metrics
     assert metrics["locality"] == 1
     assert metrics["portability"] == 0.5
+
+
+def test_answers_are_whole_greedy_continuations(edited: tuple[ViewCache, list[str]]) -> None:
+    views, (first, _) = edited
+    prompts = [FACT.text, "Berlin lies in", FACT.text]
+    said = decode_greedily(views.get((first,)).model, views.loaded, prompts, ANSWER_TOKENS)
+    assert Evaluator(views).answers((first,), prompts) == said
+    assert Evaluator(views).answers((first,), []) == []
+
+
+def test_a_fact_is_recalled_when_the_assessment_calls_it_a_success(
+    edited: tuple[ViewCache, list[str]],
+) -> None:
+    views, (first, second) = edited
+    long = replace(FACT, target=" ".join(["Rome"] * (ANSWER_TOKENS + 1)))
+    facts = [FACT, replace(FACT, target="Ro"), long]
+    evaluator = Evaluator(views)
+    for state in ((), (first,), (second,)):
+        outcomes = evaluator.assess(facts, state, [state] * 3, full=False).outcomes
+        assert evaluator.recalls(state, facts) == [outcome.success for outcome in outcomes]
+    assert evaluator.recalls((first,), facts)[:2] == [True, False]
+
+
+def test_a_target_longer_than_an_answer_can_be_recalled(
+    edited: tuple[ViewCache, list[str]],
+) -> None:
+    views, _ = edited
+    (said,) = decode_greedily(views.loaded.model, views.loaded, [FACT.text], 2 * ANSWER_TOKENS)
+    whole = replace(FACT, target=said.strip())
+    assert len(Evaluator(views).answers((), [FACT.text])[0]) < len(said)
+    assert Evaluator(views).recalls((), [whole]) == [True]
+
+
+def test_drift_is_what_the_gauge_measures(edited: tuple[ViewCache, list[str]]) -> None:
+    views, (first, _) = edited
+    evaluator = Evaluator(views, canaries=["Berlin lies in"], fixed_text=TEXT)
+    gauge = DriftGauge(views, ["Berlin lies in"], TEXT)
+    figures = evaluator.drift((first,))
+    assert figures == gauge.measure((first,))
+    assert evaluator.canaries == ("Berlin lies in",)
+    assert evaluator.canary_kl((first,)) == figures.canary_kl > 0
+    norms = {matrix.name: matrix.relative_norm for matrix in figures.matrices}
+    assert evaluator.relative_norms((first,)) == norms
+    assert evaluator.canary_kl(()) == 0
+    assert evaluator.relative_norms(()) == {}
+
+
+def test_the_drift_monitor_measures_with_it(edited: tuple[ViewCache, list[str]]) -> None:
+    views, (first, _) = edited
+    evaluator = Evaluator(views)
+    state = LiveState(1, (first,), [AgedFact(FACT, 2)])
+    monitor = DriftMonitor(evaluator, head=lambda: state, busy=lambda: False)
+    report = monitor.measure_now(state)
+    monitor.close()
+    assert report.figures == evaluator.drift((first,))
+    assert report.retention == Retention((AgeBucket(2, 2, asked=1, kept=1),))
+
+
+@pytest.mark.parametrize(
+    ("canary", "message"),
+    [("Paris " * 130, "Canary prompt 2 .*context window"), (" ", "Canary prompt 2 is empty")],
+)
+def test_canaries_that_cannot_be_asked_are_refused_at_the_start(
+    tiny: TinyModels, deltas: MemoryDeltas, canary: str, message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message) as caught:
+        Evaluator(deltas.views(tiny.load()), canaries=["Berlin", canary])
+    assert caught.value.field == "canaries"

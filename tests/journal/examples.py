@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
+from typing import Any
 
 from app.domain import (
     BaseIdentity,
     Cause,
     Edit,
+    EditStatus,
     Expectation,
     Fact,
     FactOutcome,
@@ -55,6 +57,10 @@ def an_edit(number: int, *, parent: int = 0, mode: Mode = Mode.SEQUENTIAL) -> Ed
         state_hash=None,
         created_at=NOON + timedelta(seconds=number),
     )
+
+
+def measured(number: int, **fields: Any) -> Edit:
+    return replace(an_edit(number), status=EditStatus.MEASURED, **fields)
 
 
 def a_revision(number: int, *, edit: Edit | None = None, restored: int | None = None) -> Revision:

@@ -93,6 +93,26 @@ def test_a_damaged_file_is_never_returned_and_verify_names_it(
     assert DIGEST in problem
 
 
+def test_checking_names_everything_wrong_among_the_digests_given(
+    store: DeltaStore, tmp_path: Path
+) -> None:
+    good = store.stage(b"another")
+    for digest in (good, store.stage(PAYLOAD)):
+        store.persist(digest)
+        store.unstage(digest)
+    damage(path_of(tmp_path))
+    lost = sha256(b"lost").hexdigest()
+    found = store.check([lost, good, DIGEST])
+    assert list(found) == [lost, DIGEST]
+    assert "is missing" in found[lost]
+    assert "is damaged" in found[DIGEST]
+    assert store.check([good]) == {}
+
+
+def test_checking_looks_at_the_file_not_at_what_is_staged(store: DeltaStore) -> None:
+    assert "is missing" in store.check([store.stage(PAYLOAD)])[DIGEST]
+
+
 @pytest.mark.parametrize("digest", ["", "ab", "../../etc/passwd", DIGEST.upper(), DIGEST + "\n"])
 def test_what_is_not_a_digest_reaches_no_file(store: DeltaStore, digest: str) -> None:
     assert digest not in store

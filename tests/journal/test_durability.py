@@ -21,7 +21,16 @@ from app.journal import Journal
 from app.journal.database import Database
 
 from .conftest import Dump
-from .examples import BASE, NOON, a_revision, a_sandbox, an_edit, commit_sequential, restore
+from .examples import (
+    BASE,
+    NOON,
+    a_revision,
+    a_sandbox,
+    an_edit,
+    commit_sequential,
+    measured,
+    restore,
+)
 
 WAITING = an_edit(9)
 
@@ -39,7 +48,7 @@ CHANGES: dict[str, Callable[[Journal], object]] = {
     "commit_edit": commit_waiting,
     "discard_edit": lambda journal: journal.discard_edit(WAITING.id),
     "discard_prepared": lambda journal: journal.discard_prepared(),
-    "record_measured": lambda journal: journal.record_measured(an_edit(3)),
+    "record_unkept": lambda journal: journal.record_unkept(measured(3)),
     "append_revision": lambda journal: restore(journal, 0),
     "add_checkpoint": lambda journal: journal.add_checkpoint(Checkpoint("new", 1, NOON)),
     "delete_checkpoint": lambda journal: journal.delete_checkpoint("old"),

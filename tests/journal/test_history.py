@@ -33,6 +33,7 @@ from .examples import (
     an_edit,
     commit_sequential,
     digest,
+    measured,
     restore,
 )
 
@@ -262,7 +263,7 @@ def test_what_a_sandbox_had_stays_where_it_was(
 
 
 def test_measured_edits_are_on_record_and_change_nothing(journal: Journal) -> None:
-    journal.record_measured(an_edit(1))
+    journal.record_unkept(measured(1))
     assert journal.edit("e0001").status is EditStatus.MEASURED
     assert journal.head().number == 0
 
@@ -388,7 +389,7 @@ def test_items_that_come_or_go_between_pages_disturb_no_other(journal: Journal) 
 
 def test_edits_are_filtered_by_mode_method_and_status(journal: Journal) -> None:
     commit_sequential(journal, 1)
-    journal.record_measured(replace(an_edit(2, mode=Mode.INDEPENDENT), method="ft"))
+    journal.record_unkept(measured(2, mode=Mode.INDEPENDENT, method="ft"))
     journal.prepare_edit(an_edit(3))
 
     def ids(

@@ -14,10 +14,17 @@ from sqlalchemy import column as sql_column
 from sqlalchemy import table as sql_table
 from sqlalchemy.orm import Session
 
-from app.domain import Cause, Revision
+from app.domain import Cause, Contribution, EditStatus, Revision
 from app.errors import JournalError
 from app.journal import Journal
-from app.journal.codec import Plain, canonical, encode_base, encode_revision, encode_sandbox
+from app.journal.codec import (
+    Plain,
+    canonical,
+    encode_base,
+    encode_edit,
+    encode_revision,
+    encode_sandbox,
+)
 from app.journal.database import Database
 from app.journal.log import Kind, append_entry
 from app.journal.tables import Base, CheckpointRow
@@ -62,13 +69,17 @@ def test_migrations_go_down_and_up_again(database: Database) -> None:
     assert journal.verify() == []
 
 
+UNKNOWN_THEN = {"removed", "withdrawn", "contributions", "checks", "request_key", "fingerprint"}
+JSON_COLUMNS = {"seed", "hparams", "outcomes", "deltas", "sandboxes", "metrics", "timings", "edits"}
+
+
 def write_old(session: Session, table: str, kind: Kind, values: Plain) -> None:
-    """Log an entry and its row as a journal of schema 0001 did: without ``removed``."""
-    del values["removed"]
+    """Log an entry and its row as a journal of schema 0001 did."""
+    values = {name: value for name, value in values.items() if name not in UNKNOWN_THEN}
     seq = append_entry(session, kind, values)
-    row = {**values, "seq": seq} if table == "sandboxes" else values
+    row = values if table == "revisions" else {**values, "seq": seq}
     columns = {
-        name: canonical(value) if isinstance(value, list) else value for name, value in row.items()
+        name: canonical(value) if name in JSON_COLUMNS else value for name, value in row.items()
     }
     session.execute(
         sql_table(table, *(sql_column(name) for name in columns)).insert().values(columns)
@@ -80,18 +91,22 @@ def test_a_journal_of_the_first_schema_is_upgraded_and_sound(
 ) -> None:
     database.downgrade("0001")
     base = Revision(0, None, Cause.BASE, BASE.digest, NOON)
-    edited, sandbox = replace(a_revision(1), deltas=(digest(1),)), a_sandbox("s1", an_edit(2))
+    edit = replace(an_edit(1), status=EditStatus.COMMITTED, revision=1)
+    edited, sandbox = a_revision(1, edit=edit), a_sandbox("s1", an_edit(2))
     with database.writing() as session:
         append_entry(session, Kind.BASE_BOUND, encode_base(BASE))
         for revision in (base, edited):
             write_old(session, "revisions", Kind.REVISION_APPENDED, encode_revision(revision))
+        write_old(session, "edits", Kind.EDIT_PREPARED, encode_edit(edit))
         write_old(session, "sandboxes", Kind.SANDBOX_ADDED, encode_sandbox(sandbox))
     journal = Journal.open(f"sqlite:///{file}")
     try:
         journal.bind(BASE)
         assert journal.verify() == []
         assert journal.revisions(9, None).items == (edited, base)
+        assert journal.edit(edit.id) == edit
         assert journal.composition(1) == (digest(1),)
+        assert journal.live_edits(1) == (Contribution(edit.id, edit.deltas),)
         assert journal.sandbox("s1") == sandbox
         database.downgrade("0001")
         database.upgrade()

@@ -101,6 +101,26 @@ def test_editing_a_private_model_leaves_the_view_alone(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_view_made_anew_has_its_bytes_and_takes_the_place_of_the_old(
+    tiny: TinyModels, deltas: MemoryDeltas
+) -> None:
+    views = deltas.views(tiny.load())
+    first = (add_delta(deltas, views.loaded, 0),)
+    second = (*first, add_delta(deltas, views.loaded, 1))
+    views.pin_live(second)
+    for composition in (first, second):
+        before = views.get(composition)
+        assert views.remake(composition) == before.state_hash
+        after = views.get(composition)
+        assert after is not before
+        assert after is views.get(composition)
+        assert all(torch.equal(before.matrices[n], after.matrices[n]) for n in before.matrices)
+    assert views.describe()["views_resident"] == 2
+    assert views.remake(()) == views.base.digest
+    views.close()
+    assert views.state_hash(second) == deltas.views(views.loaded).state_hash(second)
+
+
 def test_threads_asking_for_one_view_get_one_view(tiny: TinyModels, deltas: MemoryDeltas) -> None:
     views = deltas.views(tiny.load())
     composition = (add_delta(deltas, views.loaded, 0),)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +17,6 @@ from app.domain import (
     Mode,
     Sampling,
 )
-from app.editing.editor import Editor
-from app.engine.engine import Engine
 from app.errors import (
     BaseMismatch,
     Conflict,
@@ -33,86 +29,9 @@ from app.errors import (
     ShuttingDown,
     UnknownMethod,
 )
-from app.evaluation.evaluator import Evaluator
-from app.journal.journal import Journal
-from app.journal.store import DeltaStore
-from app.service import Service
-from app.weights.views import ViewCache
 from tests.tiny import TinyModels
 
-FACT = Fact("The capital of {} is", "France", "Rome")
-OTHER = Fact("{} lies in", "Berlin", "Spain")
-QUICK = {"steps": 3, "layer": 1}
-
-
-class Bench:
-    """A service and its parts on one data folder; ``restart`` makes everything anew."""
-
-    def __init__(self, tiny: TinyModels, folder: Path, model: str, dtype: str) -> None:
-        self._tiny, self._folder, self._model, self._dtype = tiny, folder, model, dtype
-        self.open()
-
-    def open(self) -> None:
-        self.store = DeltaStore(self._folder / "deltas")
-        self.journal = Journal.open(f"sqlite:///{self._folder / 'journal.db'}")
-        self.views = ViewCache(self._tiny.load(self._model, self._dtype), load_delta=self.store.get)
-        self.editor = Editor(self.views, data=self._folder, statistics_tokens=600)
-        self.engine = Engine(self.views)
-        self.service = Service(
-            journal=self.journal,
-            store=self.store,
-            views=self.views,
-            engine=self.engine,
-            editor=self.editor,
-            evaluator=Evaluator(self.views),
-        )
-
-    def restart(self) -> None:
-        self.service.close()
-        self.open()
-
-    def edit(self, *facts: Fact, **command: Any) -> Any:
-        hparams = command.pop("hparams", QUICK)
-        command.setdefault("method", "rome")
-        made = EditCommand(facts=facts or (FACT,), hparams=hparams, **command)
-        return self.service.submit_edit(made).result(60)
-
-    def matrices(self, view: str = "live") -> dict[str, torch.Tensor]:
-        model = self.views.get(self.service.resolve(view).composition).model
-        return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    def everything(self) -> tuple[Any, ...]:
-        """All that a refused request must leave alone."""
-        return (
-            self.service.head,
-            self.service.revisions(200, None).items,
-            self.service.edits(200, None, status=EditStatus.COMMITTED).items,
-            self.service.sandboxes(200, None).items,
-            self.service.checkpoints(200, None).items,
-            self.views.state_hash(self.service.resolve("live").composition),
-        )
-
-
-MakeBench = Callable[..., Bench]
-
-
-@pytest.fixture
-def make_bench(tiny: TinyModels, tmp_path: Path) -> Iterator[MakeBench]:
-    benches: list[Bench] = []
-
-    def make(model: str = "llama", dtype: str = "float32", folder: str = "data") -> Bench:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        benches.append(Bench(tiny, tmp_path / folder, model, dtype))
-        return benches[-1]
-
-    yield make
-    for bench in benches:
-        bench.service.close()
-
-
-@pytest.fixture
-def bench(make_bench: MakeBench) -> Bench:
-    return make_bench()
+from .bench import AGAIN, FACT, LEDGER, MORE, OTHER, QUICK, Bench, MakeBench, equal
 
 
 def hold_edits(
@@ -130,10 +49,6 @@ def hold_edits(
 
     monkeypatch.setattr(bench.editor, "propose", slow)
     return started, release
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_sequential_edit_moves_the_head_and_builds_on_the_last(bench: Bench) -> None:
@@ -459,10 +374,6 @@ def test_compositions_of_sandboxes_follow_their_root(bench: Bench) -> None:
 
 
 # The ledger: deltas that take others' place ------------------------------------------------
-
-LEDGER: dict[str, Any] = {"method": "ledger", "hparams": {"steps": 3, "layers": [1]}}
-AGAIN = Fact(FACT.prompt, FACT.subject, "Oslo")
-MORE = Fact("{} borders", FACT.subject, "Spain")
 
 
 def test_a_new_answer_takes_the_old_ones_row_out_of_the_live_state(bench: Bench) -> None:

@@ -1,0 +1,41 @@
+"""Live edits as the editor reads them: how each was made, its facts and its deltas."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from app.domain import Contribution, EditPlan, LiveEdit
+from app.ports import Journal
+
+KEPT = 16_384
+
+
+class LineageReader:
+    """Turns contributions into live edits; an edit in two lists is the same object. Used by the
+    writer lane alone."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._known: OrderedDict[Contribution, LiveEdit] = OrderedDict()
+
+    def read(self, contributions: Iterable[Contribution]) -> list[LiveEdit]:
+        """Raises:
+        NotFound: an edit is not on record.
+        """
+        return [self._read(contribution) for contribution in contributions]
+
+    def _read(self, contribution: Contribution) -> LiveEdit:
+        found = self._known.get(contribution)
+        if found is None:
+            edit = self._journal.edit(contribution.edit)
+            facts = [outcome.fact for outcome in edit.outcomes]
+            if contribution.facts is not None:
+                facts = [facts[index] for index in contribution.facts]
+            plan = EditPlan(edit.method, edit.hparams)
+            found = LiveEdit(plan, edit.seed, tuple(facts), contribution.deltas)
+            self._known[contribution] = found
+            while len(self._known) > KEPT:
+                self._known.popitem(last=False)
+        self._known.move_to_end(contribution)
+        return found

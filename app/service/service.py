@@ -1,0 +1,385 @@
+"""The use cases, as one object that the API calls.
+
+Reads resolve a view to a composition and go on with it whatever commits meanwhile; everything
+that changes state goes through one writer lane, in the order it arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from app.domain import (
+    Cause,
+    Checkpoint,
+    Completion,
+    Edit,
+    EditCommand,
+    EditStatus,
+    Guard,
+    Mode,
+    Page,
+    ProbeResult,
+    ResolvedView,
+    Revision,
+    Sampling,
+    Sandbox,
+    Undone,
+    UndoStrategy,
+    WriteTerms,
+    new_id,
+    parse_revision,
+    utc_now,
+)
+from app.errors import Conflict, InvalidInput, NotFound, PreconditionFailed
+from app.ports import DeltaStore, Editor, Engine, Evaluator, Journal, Views
+from app.service.compaction import Compaction
+from app.service.edits import Edits
+from app.service.guarding import Guarding
+from app.service.lane import WriterLane
+from app.service.lineage import LineageReader
+from app.service.live_model import LiveModel
+from app.service.requests import Requests
+from app.service.undo import Undo
+from app.service.view_names import LIVE, RESERVED, ViewNames
+
+R = TypeVar("R")
+
+NO_TERMS = WriteTerms()
+
+
+class Service:
+    """The use cases. Thread-safe; ``close`` waits for the edit in progress, then stops."""
+
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        store: DeltaStore,
+        views: Views,
+        engine: Engine,
+        editor: Editor,
+        evaluator: Evaluator,
+        max_pending_edits: int = 64,
+        default_guard: Guard | None = None,
+    ) -> None:
+        self._journal = journal
+        self._views = views
+        self._engine = engine
+        self._editor = editor
+        self._evaluator = evaluator
+        self._lane = WriterLane(max_pending_edits)
+        self._requests = Requests(journal)
+        self._closed = False
+        self._live = LiveModel(journal, views)
+        self._names = ViewNames(journal, self._live)
+        reader = LineageReader(journal)
+        self._edits = Edits(
+            journal=journal,
+            store=store,
+            views=views,
+            editor=editor,
+            evaluator=evaluator,
+            live=self._live,
+            names=self._names,
+            guarding=Guarding(evaluator, default_guard or Guard()),
+        )
+        self._undo = Undo(
+            journal=journal,
+            store=store,
+            views=views,
+            editor=editor,
+            evaluator=evaluator,
+            live=self._live,
+            reader=reader,
+        )
+        self._compaction = Compaction(
+            store=store,
+            editor=editor,
+            evaluator=evaluator,
+            live=self._live,
+            edits=self._edits,
+            reader=reader,
+        )
+
+    # Reads ---------------------------------------------------------------------------------
+
+    @property
+    def head(self) -> Revision:
+        return self._live.head.revision
+
+    @property
+    def ready(self) -> bool:
+        """Whether reads and writes are answered."""
+        return self._engine.alive and not self._lane.stopping
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was last found of the live model's drift beyond the limits set for it."""
+        return ()
+
+    def resolve(self, view: str, *, field: str = "view") -> ResolvedView:
+        """The state a view's name stands for now: ``live``, ``base``, ``rN``, a checkpoint's
+        name or a sandbox's id. ``field`` is the input that names it, for the error.
+
+        Raises:
+            NotFound: no such view. JournalError: its weights aren't those recorded.
+        """
+        return self._names.resolve(view, field)
+
+    def generate(
+        self, prompt: str, views: Sequence[str], sampling: Sampling
+    ) -> list[tuple[ResolvedView, Future[Completion]]]:
+        """One completion per view; each runs to its end on the state its view stands for now.
+
+        Raises:
+            NotFound, ContextExceeded, Overloaded.
+        """
+        resolved = self._resolve_all(views)
+        return [(r, self._engine.generate(r.composition, prompt, sampling)) for r in resolved]
+
+    def probe(
+        self, prompts: Sequence[str], views: Sequence[str], candidates: Sequence[str], top_k: int
+    ) -> list[tuple[ResolvedView, list[ProbeResult]]]:
+        """Probabilities and ranks of ``candidates`` after each prompt, per view."""
+        resolved = self._resolve_all(views)
+        return [
+            (r, self._evaluator.probe(r.composition, prompts, candidates, top_k)) for r in resolved
+        ]
+
+    def _resolve_all(self, views: Sequence[str]) -> list[ResolvedView]:
+        return [self.resolve(view, field=f"view[{i}]") for i, view in enumerate(views)]
+
+    def describe_model(self) -> Mapping[str, Any]:
+        """What is loaded, what edits it by default, and where the head stands."""
+        return {
+            **self._views.describe(),
+            "methods": list(self._editor.methods()),
+            "default_method": self._editor.plan(None, {}).method,
+            "revision": self.head.id,
+            "engine": self._engine.describe(),
+        }
+
+    def methods(self) -> Sequence[Mapping[str, Any]]:
+        return self._editor.methods()
+
+    def edit(self, edit_id: str) -> Edit:
+        return self._journal.edit(edit_id)
+
+    def edits(
+        self,
+        limit: int,
+        cursor: str | None,
+        *,
+        mode: Mode | None = None,
+        method: str | None = None,
+        status: EditStatus | None = None,
+    ) -> Page[Edit]:
+        return self._journal.edits(limit, cursor, mode=mode, method=method, status=status)
+
+    def revision(self, number: int) -> Revision:
+        return self._journal.revision(number)
+
+    def revisions(self, limit: int, cursor: str | None) -> Page[Revision]:
+        return self._journal.revisions(limit, cursor)
+
+    def checkpoints(self, limit: int, cursor: str | None) -> Page[Checkpoint]:
+        return self._journal.checkpoints(limit, cursor)
+
+    def sandboxes(self, limit: int, cursor: str | None) -> Page[Sandbox]:
+        return self._journal.sandboxes(limit, cursor)
+
+    def sandbox(self, sandbox_id: str) -> Sandbox:
+        sandbox = self._journal.sandbox(sandbox_id)
+        if sandbox is None:
+            raise NotFound(f"There is no sandbox {sandbox_id!r}; GET /sandboxes lists them.")
+        return sandbox
+
+    # Writes: each returns a future from the writer lane ------------------------------------
+
+    def submit_edit(self, command: EditCommand, terms: WriteTerms = NO_TERMS) -> Future[Edit]:
+        """Compute, measure and commit an edit. What can be refused at once is refused here.
+
+        Raises:
+            InvalidInput, UnknownMethod, ContextExceeded, NotFound, Overloaded. The future may
+            raise EditRejected, GuardFailed, PreconditionFailed or Cancelled. Whatever is raised,
+            no weight and no head changed.
+        """
+        plan, guard = self._edits.check(command)
+        return self._requests.once(
+            terms.request,
+            lambda: self._enqueue(lambda: self._edits.make(command, plan, guard, terms), terms),
+        )
+
+    def undo(
+        self,
+        edit_id: str,
+        strategy: UndoStrategy = UndoStrategy.REPLAY,
+        terms: WriteTerms = NO_TERMS,
+    ) -> Future[Undone]:
+        """Take one edit out of the live model, wherever it stands in the sequence.
+
+        Raises:
+            NotFound. The future may raise Conflict: the edit isn't part of the live model.
+        """
+        self._journal.edit(edit_id)
+        return self._enqueue(lambda: self._undo.undo(edit_id, strategy, terms.progress), terms)
+
+    def redo(self, edit_id: str, terms: WriteTerms = NO_TERMS) -> Future[Undone]:
+        """Put an undone edit back where it stood.
+
+        Raises:
+            NotFound. The future may raise Conflict: it is live, or was not undone.
+        """
+        self._journal.edit(edit_id)
+        return self._enqueue(lambda: self._undo.redo(edit_id, terms.progress), terms)
+
+    def compact(
+        self,
+        method: str | None = None,
+        hparams: Mapping[str, Any] | None = None,
+        *,
+        force: bool = False,
+        terms: WriteTerms = NO_TERMS,
+    ) -> Future[Edit]:
+        """Solve the live facts again from the base in one batch; by default only if efficacy
+        and locality don't fall.
+
+        Raises:
+            UnknownMethod, InvalidInput. The future may raise Conflict or GuardFailed.
+        """
+        asked = dict(hparams or {})
+        self._editor.plan(method, asked if method else {})
+        return self._requests.once(
+            terms.request,
+            lambda: self._enqueue(
+                lambda: self._compaction.compact(method, asked, force, terms), terms
+            ),
+        )
+
+    def revert(self, to: str, terms: WriteTerms = NO_TERMS) -> Future[Revision]:
+        """Make a new revision with the weights of an earlier one (or of a checkpoint).
+
+        Raises:
+            NotFound: no such revision or checkpoint.
+        """
+        if to in LIVE:
+            raise InvalidInput(
+                "The live model is there already; revert to a revision such as 'r3', a "
+                "checkpoint or 'base'.",
+                field="to",
+            )
+        number = self._names.resolve_number(
+            to,
+            "to",
+            f"{to!r} is a sandbox; promote it instead, or revert to a revision or checkpoint.",
+        )
+        return self._enqueue(lambda: self._restore(number, Cause.REVERT), terms)
+
+    def reset(self, terms: WriteTerms = NO_TERMS) -> Future[Revision]:
+        """Back to the original weights, as a new revision."""
+        return self._enqueue(lambda: self._restore(0, Cause.RESET), terms)
+
+    def create_checkpoint(self, name: str, revision: str | None = None) -> Future[Checkpoint]:
+        """Name a revision (the head by default).
+
+        Raises:
+            InvalidInput: a name that a view already has. Conflict: the name is taken.
+        """
+        if name in RESERVED or parse_revision(name) is not None:
+            raise InvalidInput(
+                f"{name!r} already names a view; choose a checkpoint name other than 'live', "
+                "'base', 'head' or a revision.",
+                field="name",
+            )
+        number: int | None = None
+        if revision is not None and revision not in LIVE:
+            number = self._names.resolve_number(
+                revision, "revision", "A checkpoint names a revision, not a sandbox."
+            )
+
+        def create() -> Checkpoint:
+            if self._journal.checkpoint(name) or self._journal.sandbox(name):
+                raise Conflict(
+                    f"The name {name!r} is taken; delete that checkpoint first or choose another.",
+                    field="name",
+                )
+            checkpoint = Checkpoint(name, self.head.number if number is None else number, utc_now())
+            self._journal.add_checkpoint(checkpoint)
+            return checkpoint
+
+        return self._enqueue(create)
+
+    def delete_checkpoint(self, name: str) -> Future[None]:
+        if self._journal.checkpoint(name) is None:
+            raise NotFound(f"There is no checkpoint {name!r}; GET /checkpoints lists them.")
+        return self._enqueue(lambda: self._journal.delete_checkpoint(name))
+
+    def create_sandbox(self, root: str = "base") -> Future[Sandbox]:
+        """An empty sandbox on a revision or checkpoint (the base by default)."""
+        number = self._names.resolve_number(
+            root, "root", "A sandbox's root is a revision or checkpoint, not another sandbox."
+        )
+        revision = self._journal.revision(number)
+
+        def create() -> Sandbox:
+            sandbox = Sandbox(new_id("s"), revision.number, (), (), revision.state_hash, utc_now())
+            self._journal.add_sandbox(sandbox)
+            return sandbox
+
+        return self._enqueue(create)
+
+    def delete_sandbox(self, sandbox_id: str) -> Future[None]:
+        self.sandbox(sandbox_id)
+        return self._enqueue(lambda: self._journal.delete_sandbox(sandbox_id))
+
+    def promote(self, sandbox_id: str, terms: WriteTerms = NO_TERMS) -> Future[Revision]:
+        """Put a sandbox's own edits onto the live model, as one new revision.
+
+        Raises:
+            NotFound. Conflict: the sandbox has no edits, or the live model has them already.
+        """
+        self.sandbox(sandbox_id)
+        return self._enqueue(lambda: self._promote(sandbox_id), terms)
+
+    def stop_accepting(self) -> None:
+        """Refuse new writes and cancel the waiting ones; the one in progress ends."""
+        self._lane.stop()
+
+    def close(self) -> None:
+        """Let the edit in progress end, refuse the ones waiting, answer the reads that were
+        accepted, and stop. Later calls do nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._lane.close()
+        self._engine.close()
+        self._journal.close()
+
+    def _enqueue(self, work: Callable[[], R], terms: WriteTerms = NO_TERMS) -> Future[R]:
+        """Queue a write, to be made only if the head is then where its caller expects it."""
+
+        def run() -> R:
+            head = self.head
+            if terms.expected is not None and head.number not in terms.expected:
+                wanted = ", ".join(f"r{number}" for number in terms.expected)
+                raise PreconditionFailed(
+                    f"The head is {head.id}, not {wanted}; the live model changed meanwhile. "
+                    "Look at what it is now, and repeat the request with If-Match for it.",
+                    field="If-Match",
+                )
+            return work()
+
+        return self._lane.submit(run)
+
+    def _restore(self, number: int, cause: Cause) -> Revision:
+        target = self._journal.revision(number)
+        revision = self._live.next_revision(cause, target.state_hash, restored=number)
+        return self._live.append(revision, self._journal.composition(number))
+
+    def _promote(self, sandbox_id: str) -> Revision:
+        sandbox = self.sandbox(sandbox_id)
+        state = self._names.sandbox_state(sandbox)
+        self._live.verify(sandbox_id, state, sandbox.state_hash)
+        return self._undo.promote(sandbox)

@@ -43,4 +43,6 @@ async def livez() -> Health:
 async def readyz(service: ServiceDep) -> Health:
     if not service.ready:
         raise HTTPException(503, "The model can't be asked now; the server is stopping or failed.")
-    return Health(status="ready", revision=service.head.id)
+    reason = service.read_only
+    status = "ready" if reason is None else "read-only"
+    return Health(status=status, revision=service.head.id, detail=reason)

@@ -1,4 +1,5 @@
-"""The writer lane: everything that changes state runs on one thread, in order of arrival."""
+"""A lane: work that runs on one thread, in order of arrival. Everything that changes state takes
+the writer's."""
 
 from __future__ import annotations
 
@@ -12,11 +13,13 @@ from app.errors import Overloaded, ShuttingDown
 R = TypeVar("R")
 
 
-class WriterLane:
+class Lane:
     """One thread and a bounded queue of work for it. Thread-safe."""
 
-    def __init__(self, max_pending: int) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
+    def __init__(self, max_pending: int, work: str) -> None:
+        """``work`` names what waits in the queue: ``edits``."""
+        self._work = work
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=work)
         self._pending = threading.BoundedSemaphore(max_pending)
         self._stopping = threading.Event()
 
@@ -31,7 +34,9 @@ class WriterLane:
             Overloaded: the queue is full. ShuttingDown: nothing is accepted any more.
         """
         if not self._pending.acquire(blocking=False):
-            raise Overloaded("Too many edits are waiting; try again in a moment.", retry_after=2)
+            raise Overloaded(
+                f"Too many {self._work} are waiting; try again in a moment.", retry_after=2
+            )
         try:
             future = self._thread.submit(work)
         except RuntimeError:

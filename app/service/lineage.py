@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from app.domain import Contribution, EditPlan, LiveEdit
+from app.domain import Contribution, EditPlan, LiveEdit, Mode, Sandbox
 from app.ports import Journal
 
 KEPT = 16_384
 
 
 class LineageReader:
-    """Turns contributions into live edits; an edit in two lists is the same object. Used by the
-    writer lane alone."""
+    """Turns contributions into live edits; an edit in two lists is the same object. Not
+    thread-safe: a lane has its own."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
@@ -24,6 +24,18 @@ class LineageReader:
         NotFound: an edit is not on record.
         """
         return [self._read(contribution) for contribution in contributions]
+
+    def contributions(self, sandbox: Sandbox) -> tuple[Contribution, ...]:
+        """A sandbox's own edits; of one that made several sandboxes, this one's fact."""
+        found = []
+        for edit_id in sandbox.edits:
+            edit = self._journal.edit(edit_id)
+            if edit.mode is Mode.INDEPENDENT:
+                place = edit.sandboxes.index(sandbox.id)
+                found.append(Contribution(edit_id, (edit.deltas[place],), (place,)))
+            else:
+                found.append(Contribution(edit_id, edit.deltas))
+        return tuple(found)
 
     def _read(self, contribution: Contribution) -> LiveEdit:
         found = self._known.get(contribution)

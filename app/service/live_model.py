@@ -6,7 +6,7 @@ told in one transaction, and only then the head moves, which can't fail any more
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from app.domain import (
     utc_now,
 )
 from app.errors import JournalError, PalimpsestError
-from app.ports import Journal, Views
+from app.ports import DeltaStore, Journal, Views
 
 log = structlog.get_logger(__name__)
 
@@ -39,27 +39,56 @@ class Head:
 class LiveModel:
     """Owns the head. Reads may come from any thread; only the writer lane moves it."""
 
-    def __init__(self, journal: Journal, views: Views) -> None:
+    def __init__(self, journal: Journal, views: Views, store: DeltaStore) -> None:
         """Finish or discard what a stopped server left behind, then verify the head's bytes.
+        Where that fails, the newest revision that can be made is live, and nothing is written.
 
         Raises:
             BaseMismatch: the journal was written for another base model.
-            JournalError: the head's weights don't have the hash that was recorded.
+            JournalError: the journal can't be read.
         """
         self._journal = journal
         self._views = views
+        self._store = store
         journal.bind(views.base)
         for edit_id in journal.discard_prepared():
             log.warning("edit discarded: it was prepared but never committed", edit=edit_id)
+        self.read_only: str | None = None
         revision = journal.head()
         composition = journal.composition(revision.number)
-        self.verify(revision.id, composition, revision.state_hash)
-        views.pin_live(composition)
-        self._head = Head(revision, composition)
+        try:
+            self.verify(revision.id, composition, revision.state_hash)
+            missing = [digest for digest in composition if digest not in store]
+            self._head = Head(revision, composition)
+            if missing:
+                self._refuse_writes(store.check(missing).values())
+        except JournalError as error:
+            self._head = self._find_good(revision.number, error)
+        views.pin_live(self._head.composition)
 
     @property
     def head(self) -> Head:
         return self._head
+
+    def _find_good(self, newest: int, error: JournalError) -> Head:
+        """The newest revision whose deltas are sound and give its recorded hash."""
+        damage = self._store.check(sorted(self._journal.deltas()))
+        for number in range(newest, -1, -1):
+            composition = self._journal.composition(number)
+            if damage.keys().isdisjoint(composition):
+                revision = self._journal.revision(number)
+                try:
+                    self.verify(revision.id, composition, revision.state_hash)
+                except JournalError as other:
+                    error = other
+                    continue
+                self._refuse_writes(damage.values() or [error.detail])
+                return Head(revision, composition)
+        raise error
+
+    def _refuse_writes(self, reasons: Iterable[str]) -> None:
+        self.read_only = " ".join(reasons)
+        log.error("the server is read-only until this is repaired", reason=self.read_only)
 
     def live_edits(self) -> tuple[Contribution, ...]:
         """The edits that the live weights hold, in the order in which they joined."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 from app.domain import (
@@ -17,10 +18,14 @@ from app.domain import (
     Edit,
     EditCommand,
     EditStatus,
+    Export,
+    ExportOrder,
     Guard,
+    ImportTarget,
     Mode,
     Page,
     ProbeResult,
+    Progress,
     ResolvedView,
     Revision,
     Sampling,
@@ -29,15 +34,27 @@ from app.domain import (
     UndoStrategy,
     WriteTerms,
     new_id,
+    no_progress,
     parse_revision,
     utc_now,
 )
-from app.errors import Conflict, InvalidInput, NotFound, PreconditionFailed
-from app.ports import DeltaStore, Editor, Engine, Evaluator, Journal, Views
+from app.errors import Conflict, InvalidInput, NotFound, PreconditionFailed, ReadOnly
+from app.ports import (
+    DeltaStore,
+    Editor,
+    Engine,
+    Evaluator,
+    Exporter,
+    Journal,
+    Upload,
+    Views,
+)
 from app.service.compaction import Compaction
 from app.service.edits import Edits
+from app.service.exports import Exports
 from app.service.guarding import Guarding
-from app.service.lane import WriterLane
+from app.service.imports import Imports
+from app.service.lane import Lane
 from app.service.lineage import LineageReader
 from app.service.live_model import LiveModel
 from app.service.requests import Requests
@@ -61,6 +78,7 @@ class Service:
         engine: Engine,
         editor: Editor,
         evaluator: Evaluator,
+        exporter: Exporter,
         max_pending_edits: int = 64,
         default_guard: Guard | None = None,
     ) -> None:
@@ -69,12 +87,15 @@ class Service:
         self._engine = engine
         self._editor = editor
         self._evaluator = evaluator
-        self._lane = WriterLane(max_pending_edits)
+        self._exporter = exporter
+        self._lane = Lane(max_pending_edits, "edits")
         self._requests = Requests(journal)
         self._closed = False
-        self._live = LiveModel(journal, views)
+        self._live = LiveModel(journal, views, store)
         self._names = ViewNames(journal, self._live)
+        self._exports = Exports(journal=journal, exporter=exporter, names=self._names)
         reader = LineageReader(journal)
+        guarding = Guarding(evaluator, default_guard or Guard())
         self._edits = Edits(
             journal=journal,
             store=store,
@@ -83,7 +104,18 @@ class Service:
             evaluator=evaluator,
             live=self._live,
             names=self._names,
-            guarding=Guarding(evaluator, default_guard or Guard()),
+            guarding=guarding,
+        )
+        self._imports = Imports(
+            store=store,
+            views=views,
+            editor=editor,
+            evaluator=evaluator,
+            exporter=exporter,
+            live=self._live,
+            edits=self._edits,
+            guarding=guarding,
+            reader=reader,
         )
         self._undo = Undo(
             journal=journal,
@@ -110,8 +142,13 @@ class Service:
         return self._live.head.revision
 
     @property
+    def read_only(self) -> str | None:
+        """Why nothing may be changed, where that is so: what is damaged in the data folder."""
+        return self._live.read_only
+
+    @property
     def ready(self) -> bool:
-        """Whether reads and writes are answered."""
+        """Whether reads are answered, and writes too unless the server is read-only."""
         return self._engine.alive and not self._lane.stopping
 
     @property
@@ -196,6 +233,40 @@ class Service:
             raise NotFound(f"There is no sandbox {sandbox_id!r}; GET /sandboxes lists them.")
         return sandbox
 
+    # Exports: beside the writer lane -------------------------------------------------------
+
+    def export(self, order: ExportOrder, progress: Progress = no_progress) -> Future[Export]:
+        """Write the state that a view stands for now as a folder, under a name of its own.
+
+        Raises:
+            NotFound, Overloaded. The future may raise Conflict (it is there already, or the disk
+            is full), InvalidInput (an adapter that can't be) or Cancelled.
+        """
+        return self._exports.submit(order, progress)
+
+    def exports(self, limit: int, cursor: str | None) -> Page[Export]:
+        return self._exporter.page(limit, cursor)
+
+    def find_export(self, name: str) -> Export:
+        return self._exporter.find(name)
+
+    def export_file(self, name: str, file: str) -> Path:
+        return self._exporter.file(name, file)
+
+    def delete_export(self, name: str) -> None:
+        self._exporter.delete(name)
+
+    def receive_upload(self, name: str, file: str) -> Upload:
+        """A file of a folder to import, to be written and finished.
+
+        Raises:
+            InvalidInput: more bytes than an import may have. Conflict: the disk takes no more.
+        """
+        return self._exporter.receive(name, file)
+
+    def discard_upload(self, name: str) -> None:
+        self._exporter.discard(name)
+
     # Writes: each returns a future from the writer lane ------------------------------------
 
     def submit_edit(self, command: EditCommand, terms: WriteTerms = NO_TERMS) -> Future[Edit]:
@@ -210,6 +281,25 @@ class Service:
         return self._requests.once(
             terms.request,
             lambda: self._enqueue(lambda: self._edits.make(command, plan, guard, terms), terms),
+        )
+
+    def import_state(
+        self,
+        source: str,
+        into: ImportTarget = ImportTarget.SANDBOX,
+        guard: Guard | None = None,
+        terms: WriteTerms = NO_TERMS,
+    ) -> Future[Edit]:
+        """Make an edit of an upload, or of an export: a sandbox on the base, or a live revision.
+
+        Raises:
+            Overloaded. The future may raise NotFound, InvalidInput, EditRejected, GuardFailed,
+            Conflict, PreconditionFailed or Cancelled; then nothing changed.
+        """
+        asked = guard or Guard()
+        return self._requests.once(
+            terms.request,
+            lambda: self._enqueue(lambda: self._imports.make(source, into, asked, terms), terms),
         )
 
     def undo(
@@ -344,7 +434,9 @@ class Service:
         return self._enqueue(lambda: self._promote(sandbox_id), terms)
 
     def stop_accepting(self) -> None:
-        """Refuse new writes and cancel the waiting ones; the one in progress ends."""
+        """Refuse new writes and exports and cancel the waiting ones. The write in progress ends;
+        the export in progress is given up."""
+        self._exports.stop()
         self._lane.stop()
 
     def close(self) -> None:
@@ -353,12 +445,21 @@ class Service:
         if self._closed:
             return
         self._closed = True
+        self._exports.stop()
         self._lane.close()
+        self._exports.close()
         self._engine.close()
         self._journal.close()
 
     def _enqueue(self, work: Callable[[], R], terms: WriteTerms = NO_TERMS) -> Future[R]:
         """Queue a write, to be made only if the head is then where its caller expects it."""
+
+        if self.read_only is not None:
+            raise ReadOnly(
+                f"The server answers from {self.head.id} and changes nothing, because its data is "
+                f"damaged: {self.read_only} Put the files back (or the folder, from a backup) and "
+                "start it again; 'palimpsest verify' tells what is wrong."
+            )
 
         def run() -> R:
             head = self.head

@@ -13,7 +13,6 @@ from app.domain import (
     EditStatus,
     Fact,
     LiveEdit,
-    Mode,
     Progress,
     Revision,
     Sandbox,
@@ -110,7 +109,7 @@ class Undo:
         Raises:
             Conflict: the sandbox has no edits, or the live state has them already.
         """
-        own = self._contributions(sandbox)
+        own = self._reader.contributions(sandbox)
         before = self._live.live_edits()
         if not own:
             raise Conflict(f"Sandbox {sandbox.id} has no edits to promote.")
@@ -191,18 +190,6 @@ class Undo:
             **labels,
         )
         return self._live.append(revision, target.composition)
-
-    def _contributions(self, sandbox: Sandbox) -> Lineage:
-        """A sandbox's own edits; of one that made several sandboxes, this one's fact."""
-        found = []
-        for edit_id in sandbox.edits:
-            edit = self._journal.edit(edit_id)
-            if edit.mode is Mode.INDEPENDENT:
-                place = edit.sandboxes.index(sandbox.id)
-                found.append(Contribution(edit_id, (edit.deltas[place],), (place,)))
-            else:
-                found.append(Contribution(edit_id, edit.deltas))
-        return tuple(found)
 
     def _restore(self, now: Lineage, had: Lineage, left: Lineage, edit_id: str) -> Lineage:
         """``now`` with the step from ``had`` to ``left`` taken back: what came in there leaves,

@@ -50,6 +50,21 @@ def test_health(client: TestClient) -> None:
     }
 
 
+def test_a_read_only_server_says_why_and_refuses_writes(
+    client: TestClient, world: FakeWorld
+) -> None:
+    world.service._live.read_only = "Delta 0 is missing."
+    assert client.get("/readyz").json() == {
+        "status": "read-only",
+        "revision": "r0",
+        "detail": "Delta 0 is missing.",
+    }
+    answer = client.post("/reset")
+    assert answer.status_code == 503
+    assert answer.json()["type"] == "urn:palimpsest:problem:read-only"
+    assert "Delta 0 is missing." in answer.json()["detail"]
+
+
 def test_health_needs_no_thread(world: FakeWorld) -> None:
     """A thread pool full of slow requests doesn't make a well server look dead."""
     app = create_app(world.service, settings())

@@ -15,6 +15,7 @@ from app.evaluation.evaluator import Evaluator
 from app.journal.journal import Journal
 from app.journal.store import DeltaStore
 from app.service import Service
+from app.weights.exports.exporter import Exporter
 from app.weights.views import ViewCache
 from tests.tiny import TinyModels
 
@@ -33,8 +34,16 @@ MORE = Fact("{} borders", FACT.subject, "Spain")
 class Bench:
     """A service and its parts on one data folder; ``restart`` makes everything anew."""
 
-    def __init__(self, tiny: TinyModels, folder: Path, model: str, dtype: str) -> None:
+    def __init__(
+        self,
+        tiny: TinyModels,
+        folder: Path,
+        model: str,
+        dtype: str,
+        statistics: Path | None = None,
+    ) -> None:
         self._tiny, self._folder, self._model, self._dtype = tiny, folder, model, dtype
+        self._statistics = statistics or folder
         self.default_guard = Guard()
         self.open()
 
@@ -42,8 +51,14 @@ class Bench:
         self.store = DeltaStore(self._folder / "deltas")
         self.journal = Journal.open(f"sqlite:///{self._folder / 'journal.db'}")
         self.views = ViewCache(self._tiny.load(self._model, self._dtype), load_delta=self.store.get)
-        self.editor = Editor(self.views, data=self._folder, statistics_tokens=600)
+        self.editor = Editor(self.views, data=self._statistics, statistics_tokens=600)
         self.engine = Engine(self.views)
+        self.exporter = Exporter(
+            self.views,
+            load_delta=self.store.get,
+            exports=self._folder / "exports",
+            uploads=self._folder / "imports",
+        )
         self.service = Service(
             journal=self.journal,
             store=self.store,
@@ -51,6 +66,7 @@ class Bench:
             engine=self.engine,
             editor=self.editor,
             evaluator=Evaluator(self.views),
+            exporter=self.exporter,
             default_guard=self.default_guard,
         )
 

@@ -308,21 +308,6 @@ def test_a_journal_of_another_model_is_refused(make_bench: MakeBench, tiny: Tiny
         make_bench(model="gpt2")
 
 
-def test_a_head_whose_delta_was_damaged_is_not_served(bench: Bench) -> None:
-    edit = bench.edit(FACT)
-    bench.service.close()
-    (path,) = (bench._folder / "deltas").rglob(f"{edit.deltas[0]}*")
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.chmod(0o644)
-    path.write_bytes(content)
-    with pytest.raises(JournalError):
-        bench.open()
-    content[-1] ^= 1
-    path.write_bytes(content)
-    bench.open()
-
-
 def test_reads_name_what_they_answered_from(bench: Bench) -> None:
     bench.edit(FACT)
     answers = bench.service.generate(FACT.text, ["live", "base", "r1"], Sampling(3))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import secrets
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import quote
@@ -14,10 +19,15 @@ from pydantic import BaseModel, ValidationError
 from app import errors
 from app.api.job_schemas import JobEventOut, JobOut, JobPage
 from app.api.schemas import (
+    FOLDER_PATTERN,
     CheckpointOut,
     CheckpointPage,
     EditOut,
     EditPage,
+    ExportFileOut,
+    ExportFilesOut,
+    ExportOut,
+    ExportPage,
     Generation,
     HeadMoved,
     Health,
@@ -30,12 +40,17 @@ from app.api.schemas import (
     SandboxOut,
     SandboxPage,
     UndoneOut,
+    UploadOut,
     problem_type,
 )
+from app.domain import ExportKind, Progress, no_progress
 from app.job_stream import follow
+from app.jobs import JobStatus
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_SECONDS = 5.0
+SILENCE = httpx.Timeout(60, connect=CONNECT_SECONDS)  # on a stream with a heartbeat every 15 s
+ADAPTER_CONFIG = "adapter_config.json"
 
 A = TypeVar("A", bound=BaseModel)
 Json = Mapping[str, Any]
@@ -256,6 +271,113 @@ class Client:
     def promote(self, sandbox_id: str) -> HeadMoved:
         return self._post(f"/sandboxes/{_segment(sandbox_id)}/promote", None, HeadMoved)
 
+    # Exports -------------------------------------------------------------------------------
+
+    def export(
+        self,
+        kind: str,
+        *,
+        view: str = "live",
+        max_rank: int | None = None,
+        truncate: bool = False,
+        watch: Progress = no_progress,
+    ) -> ExportOut:
+        """Write a view as a folder on the server: an ``adapter``, a ``model`` or a ``bundle``.
+        ``watch`` hears how far it is, and stops it by raising."""
+        body: dict[str, Any] = {"kind": kind, "view": view, "truncate": truncate}
+        if max_rank is not None:
+            body["max_rank"] = max_rank
+        return self._follow_job("/exports", body, ExportOut, watch)
+
+    def exports(self, *, limit: int = 50, cursor: str | None = None) -> ExportPage:
+        return self._get("/exports", ExportPage, limit=limit, cursor=cursor)
+
+    def get_export(self, name: str) -> ExportFilesOut:
+        return self._get(f"/exports/{_segment(name)}", ExportFilesOut)
+
+    def delete_export(self, name: str) -> None:
+        self._send("DELETE", f"/exports/{_segment(name)}")
+
+    def download_export(self, name: str, folder: Path, *, watch: Progress = no_progress) -> None:
+        """Fetch an export's files to ``folder``, which is made, or is empty; each must hash to
+        what the server says. Nothing is kept of a download that fails."""
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise errors.InvalidInput(f"{folder} is there already; name a new or an empty folder.")
+        export = self.get_export(name)
+        draft = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.tmp")
+        done = 0
+        try:
+            for file in export.files:
+                path = draft / file.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                for size in self._download(export.name, file, path):
+                    done += size
+                    watch("downloading", done, export.size)
+            draft.rename(folder)
+        except OSError as error:
+            raise errors.InvalidInput(f"{folder} can't be written: {error.strerror}.") from error
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def import_folder(
+        self,
+        folder: Path,
+        *,
+        into: str = "sandbox",
+        guard: Json | None = None,
+        if_match: str | None = None,
+        watch: Progress = no_progress,
+    ) -> EditOut:
+        """Send a delta bundle or a LoRA adapter, and make an edit of it: a sandbox of its own, or
+        a ``live`` revision. ``watch`` hears how far it is, and stops it by raising."""
+        files = _read_folder(folder)
+        name = f"upload-{secrets.token_hex(8)}"
+        sizes, done = [file.stat().st_size for file in files], 0
+        try:
+            for file, size in zip(files, sizes, strict=True):
+                watch("uploading", done, sum(sizes))
+                self._upload(name, file)
+                done += size
+            watch("uploading", done, sum(sizes))
+            body = {"source": name, "into": into, "guard": dict(guard or {})}
+            return self._follow_job("/imports", body, EditOut, watch, _terms(if_match))
+        except BaseException:
+            with suppress(errors.PalimpsestError):
+                self._send("DELETE", f"/imports/{name}")
+            raise
+
+    def import_export(
+        self,
+        name: str,
+        *,
+        into: str = "sandbox",
+        guard: Json | None = None,
+        if_match: str | None = None,
+        watch: Progress = no_progress,
+    ) -> EditOut:
+        """Make an edit of an export that the server itself has."""
+        body = {"source": name, "into": into, "guard": dict(guard or {})}
+        return self._follow_job("/imports", body, EditOut, watch, _terms(if_match))
+
+    def _upload(self, name: str, file: Path) -> UploadOut:
+        path = f"/imports/{name}/files/{_segment(file.name)}"
+        headers = {"Content-Type": "application/octet-stream"}
+        with file.open("rb") as content:
+            response = self._send("PUT", path, content=content, headers=headers)
+        return self._read(response, UploadOut)
+
+    def _download(self, export: str, file: ExportFileOut, path: Path) -> Iterator[int]:
+        """Fetch one file; the bytes of each piece that was written."""
+        digest = hashlib.sha256()
+        address = f"/exports/{_segment(export)}/files/{quote(file.name)}"
+        with self._stream(address) as response, path.open("xb") as target:
+            for piece in response.iter_bytes():
+                target.write(piece)
+                digest.update(piece)
+                yield len(piece)
+        if digest.hexdigest() != file.sha256:
+            raise errors.Unreachable(f"{file.name} did not arrive as it was sent; try again.")
+
     # Jobs ----------------------------------------------------------------------------------
 
     def jobs(
@@ -272,7 +394,8 @@ class Client:
 
     def job_events(self, job_id: str) -> Iterator[JobEventOut]:
         """Everything that happens to a job, from its first event to its last."""
-        return follow(lambda after: self._stream(f"/jobs/{_segment(job_id)}/events", after))
+        path = f"/jobs/{_segment(job_id)}/events"
+        return follow(lambda after: self._stream(path, {"Last-Event-ID": str(after)}))
 
     # System --------------------------------------------------------------------------------
 
@@ -308,21 +431,46 @@ class Client:
         try:
             return answer.model_validate_json(response.content)
         except ValidationError:
-            raise errors.Unreachable(
-                f"{self.base_url} answered with something that is not a Palimpsest "
-                f"{answer.__name__}; is another program listening there?"
-            ) from None
+            raise self._strange(answer.__name__) from None
+
+    def _strange(self, what: str) -> errors.Unreachable:
+        return errors.Unreachable(
+            f"{self.base_url} answered with something that is not a Palimpsest {what}; is another "
+            "program listening there?"
+        )
+
+    def _follow_job(
+        self, path: str, body: Json, answer: type[A], watch: Progress, headers: Headers = None
+    ) -> A:
+        """Have something done as a job, and wait for it; it is cancelled if ``watch`` raises."""
+        asked = {**(headers or {}), "Prefer": "respond-async"}
+        job = self._read(self._send("POST", path, json=body, headers=asked), JobOut)
+        try:
+            for event in self.job_events(job.id):
+                job = event.job
+                if job.progress is not None:
+                    watch(job.progress.what, job.progress.done, job.progress.of)
+        except BaseException:
+            with suppress(errors.PalimpsestError):
+                self.cancel_job(job.id)
+            raise
+        if job.problem is not None:
+            raise error_from(Problem.model_validate({**job.problem.model_dump(), "status": 500}))
+        if job.status is not JobStatus.DONE or job.result is None or job.result.link is None:
+            raise errors.Unreachable(f"Job {job.id} ended without a result; see GET /jobs.")
+        return self._get(job.result.link, answer)
 
     @contextmanager
-    def _stream(self, path: str, after: int) -> Iterator[httpx.Response]:
-        headers = {"Last-Event-ID": str(after)}
+    def _stream(self, path: str, headers: Headers = None) -> Iterator[httpx.Response]:
         with (
             self._reaching_server(),
-            self._http.stream("GET", path, headers=headers) as response,
+            self._http.stream("GET", path, headers=headers, timeout=SILENCE) as response,
         ):
             if response.is_error:
                 response.read()
                 raise error_of(response)
+            if response.status_code == httpx.codes.OK and not _is_event_stream(response):
+                raise self._strange("event stream")
             yield response
 
     @contextmanager
@@ -349,6 +497,14 @@ def error_of(response: httpx.Response) -> errors.PalimpsestError:
         return errors.PalimpsestError(
             f"{response.url} answered {response.status_code} without a problem document."
         )
+    error = error_from(problem)
+    if isinstance(error, errors.Overloaded):
+        seconds = response.headers.get("Retry-After", "")
+        error.retry_after = int(seconds) if seconds.isdigit() else error.retry_after
+    return error
+
+
+def error_from(problem: Problem) -> errors.PalimpsestError:
     kind = error_types().get(problem.type) or FALLBACKS.get(problem.status)
     if kind is None:
         refused = 400 <= problem.status < 500
@@ -356,11 +512,7 @@ def error_of(response: httpx.Response) -> errors.PalimpsestError:
     if kind is errors.GuardFailed:
         checks = [check.model_dump() for check in problem.checks or []]
         return errors.GuardFailed(problem.detail, edit=problem.edit or "", checks=checks)
-    error = kind(problem.detail, field=problem.field)
-    if isinstance(error, errors.Overloaded):
-        seconds = response.headers.get("Retry-After", "")
-        error.retry_after = int(seconds) if seconds.isdigit() else error.retry_after
-    return error
+    return kind(problem.detail, field=problem.field)
 
 
 def error_types() -> dict[str, type[errors.PalimpsestError]]:
@@ -374,9 +526,30 @@ def error_types() -> dict[str, type[errors.PalimpsestError]]:
     return found
 
 
+def _is_event_stream(response: httpx.Response) -> bool:
+    return str(response.headers.get("Content-Type", "")).startswith("text/event-stream")
+
+
 def _terms(if_match: str | None, idempotency_key: str | None = None) -> dict[str, str]:
     headers = {} if if_match is None else {"If-Match": f'"{if_match}"'}
     return headers if idempotency_key is None else {**headers, "Idempotency-Key": idempotency_key}
+
+
+def _read_folder(folder: Path) -> list[Path]:
+    """The files of a folder that can be sent.
+
+    Raises:
+        InvalidInput: no folder, or neither a bundle nor an adapter.
+    """
+    if not folder.is_dir():
+        raise errors.InvalidInput(f"{folder} is not a folder.")
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    if not {path.name for path in files} & {ExportKind.BUNDLE.manifest, ADAPTER_CONFIG}:
+        raise errors.InvalidInput(
+            f"{folder} is neither a delta bundle ({ExportKind.BUNDLE.manifest}) nor a LoRA adapter "
+            f"({ADAPTER_CONFIG})."
+        )
+    return [path for path in files if re.match(FOLDER_PATTERN, path.name)]
 
 
 def _segment(text: str) -> str:

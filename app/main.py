@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from app import __version__
-from app.api import edits, generate, history, jobs, sandboxes, system
+from app.api import edits, exports, generate, history, jobs, sandboxes, system
 from app.api.admission import Admission
 from app.api.limits import BodyLimit
 from app.api.problems import UnexpectedErrors, install_handlers
@@ -28,7 +28,7 @@ from app.errors import SettingsError
 from app.jobs import Jobs
 from app.journal.claim import Claim
 from app.service import Service
-from app.settings import DELTA_FOLDER, Settings
+from app.settings import DELTA_FOLDER, EXPORT_FOLDER, UPLOAD_FOLDER, Settings
 
 if TYPE_CHECKING:
     from app.weights.loading import LoadedModel
@@ -57,6 +57,7 @@ TAGS = [
     {"name": "history", "description": "Revisions, checkpoints, and the ways back."},
     {"name": "jobs", "description": "Long calls: how far they are, and an end to them."},
     {"name": "sandboxes", "description": "Copy-on-write branches."},
+    {"name": "exports", "description": "States as folders for other programs, and the way back."},
     {"name": "system", "description": "What is loaded, and whether it is well."},
 ]
 
@@ -67,7 +68,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        app.state.work.stop_accepting()
+        app.state.jobs.close()
         service.close()
 
     app = FastAPI(
@@ -83,10 +84,14 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     app.state.jobs = Jobs()
     app.state.work = OpenWork(service, app.state.jobs)
     app.state.probes = Admission(at_once=PROBES_AT_ONCE, waiting=PROBES_WAITING)
-    for module in (edits, generate, history, sandboxes, jobs, system):
+    for module in (edits, generate, history, sandboxes, exports, jobs, system):
         app.include_router(module.router)
     install_handlers(app)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=settings.max_body_bytes,
+        max_upload_bytes=settings.max_import_bytes,
+    )
     app.add_middleware(UnexpectedErrors)
     app.add_middleware(RevisionHeader, service=service)
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
@@ -242,6 +247,7 @@ def build_service(settings: Settings, progress: Report | None = None) -> OwningS
     from app.evaluation.evaluator import Evaluator
     from app.journal.journal import Journal
     from app.journal.store import DeltaStore
+    from app.weights.exports.exporter import Exporter
     from app.weights.views import ViewCache
 
     report = progress or (lambda stage: log.info(stage))
@@ -280,6 +286,13 @@ def build_service(settings: Settings, progress: Report | None = None) -> OwningS
             engine=engine,
             editor=editor,
             evaluator=Evaluator(views, canaries=canaries),
+            exporter=Exporter(
+                views,
+                load_delta=store.get,
+                exports=folder / EXPORT_FOLDER,
+                uploads=folder / UPLOAD_FOLDER,
+                max_import_bytes=settings.max_import_bytes,
+            ),
             max_pending_edits=settings.max_pending_edits,
             default_guard=settings.guard.to_domain(),
         )

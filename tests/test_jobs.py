@@ -352,6 +352,44 @@ def test_a_day_of_work_is_a_few_hundred_events() -> None:
     assert 300 < len(report([day])) < 1_000
 
 
+def test_a_long_stage_does_not_slow_the_next_one_down() -> None:
+    hour = [(done, 36.0) for done in range(1, 101)]
+    quick = [(done, EVENT_SECONDS * 1.01) for done in range(1, 51)]
+    told = [done_of(event) for event in report([hour, quick])]
+    assert sum(what == "stage 1" for what, _ in told) == 50
+
+
+def test_a_stage_that_begins_anew_has_a_first_report_again() -> None:
+    told = [done_of(event)[1] for event in report([[(0, 1.0), (9, 1.0), (0, 0.0), (5, 0.0)]])]
+    assert told == [0, 9, 0, 5]
+
+
+def test_what_ends_a_stage_is_told_at_once(jobs: Jobs) -> None:
+    future: Future[str] = Future()
+
+    def submit(progress: Progress) -> Future[str]:
+        for done in range(4):
+            progress("values", done, 3)
+        return future
+
+    job, _ = jobs.start("edit", submit, lambda _: LINK)
+    assert done_of(all_events(jobs, job.id)[-1]) == ("values", 3)
+    future.set_result("r1")
+
+
+def test_a_report_after_the_end_changes_nothing(jobs: Jobs) -> None:
+    kept: list[Progress] = []
+
+    def submit(progress: Progress) -> Future[str]:
+        kept.append(progress)
+        return done_at_once()(progress)
+
+    job, _ = jobs.start("edit", submit, lambda _: LINK)
+    kept[0]("values", 0, 1)
+    assert jobs.get(job.id) == job
+    assert names(all_events(jobs, job.id)) == ["status", "done"]
+
+
 def test_a_report_that_repeats_itself_is_told_once() -> None:
     assert len(report([[(1, 1.0)] * 5])) == 1
 
@@ -390,6 +428,24 @@ def test_every_listener_reads_each_event_once_however_late_and_often_it_comes(
         heard = [listener.result(SECONDS) for listener in early]
     assert [*heard, listen(99)] == [list(range(1, 204))] * 21
     assert all_events(jobs, job.id)[-1].name is EventName.DONE
+
+
+def test_a_report_wakes_who_listens(jobs: Jobs) -> None:
+    kept: list[Progress] = []
+    future: Future[str] = Future()
+
+    def submit(progress: Progress) -> Future[str]:
+        kept.append(progress)
+        return future
+
+    job, _ = jobs.start("edit", submit, lambda _: LINK)
+    wakes: list[int] = []
+    with jobs.feed(job.id).listening(lambda: wakes.append(len(all_events(jobs, job.id)))):
+        kept[0]("values", 0, 9)
+        kept[0]("values", 1, 9)  # too soon to be told
+        kept[0]("solve", 0, 1)
+    assert wakes == [3, 5]
+    future.set_result("r1")
 
 
 def test_a_listener_that_goes_is_not_called_again(jobs: Jobs, lane: ThreadPoolExecutor) -> None:

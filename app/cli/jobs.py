@@ -9,7 +9,6 @@ import typer
 
 from app.cli.connection import DEFAULT_URL, PAGE, Key, Url, connect
 from app.cli.rendering import AsJson, facts_table, rows_table, show
-from app.jobs import JobStatus
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +19,9 @@ NOT_DONE_EXIT = 1
 
 
 def jobs(
-    status: Annotated[JobStatus | None, typer.Option(help="Only those in this state.")] = None,
+    status: Annotated[
+        str | None, typer.Option(help="Only queued, running, done, failed or cancelled ones.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=PAGE, help="Jobs to show.")] = 50,
     url: Url = DEFAULT_URL,
     api_key: Key = None,
@@ -58,7 +59,7 @@ def job(
         if watch:
             found = watch_to_end(client.job_events(job_id)) or found
     show(found, as_json, [job_table(found)])
-    if watch and found.status != (JobStatus.CANCELLED if cancel else JobStatus.DONE):
+    if watch and found.status != ("cancelled" if cancel else "done"):
         raise typer.Exit(NOT_DONE_EXIT)
 
 

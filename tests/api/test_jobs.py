@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -17,8 +18,9 @@ from fastapi.testclient import TestClient
 
 from app.api import jobs as job_routes
 from app.api.job_schemas import JobOut
+from app.domain import Progress
 from app.errors import EditRejected
-from app.jobs import Jobs
+from app.jobs import Feed, JobEvent, JobResult, Jobs
 from app.settings import Scope
 from tests.api.conftest import URL
 from tests.job_server import SECONDS, Lane, create_app, serving
@@ -201,6 +203,17 @@ def test_reading_needs_a_key_and_cancelling_one_that_edits(jobs: Jobs, lane: Lan
             assert answer.status_code == status
 
 
+class CountingFeed(Feed):
+    def __init__(self, jobs: Jobs, job_id: str) -> None:
+        self.reads = 0
+        self._feed = jobs.feed(job_id)
+        self.listening = self._feed.listening  # type: ignore[method-assign]
+
+    def read(self, after: int) -> tuple[list[JobEvent], bool]:
+        self.reads += 1
+        return self._feed.read(after)
+
+
 # Events ------------------------------------------------------------------------------------
 
 
@@ -245,6 +258,30 @@ def test_a_listener_that_comes_back_has_each_event_once(client: TestClient, lane
         assert (answer.status_code, answer.content) == (204, b"")
     refused = client.get(path, headers={"Last-Event-ID": "x"})
     assert (refused.status_code, refused.json()["field"]) == (422, "Last-Event-ID")
+
+
+def test_a_stream_reads_when_there_is_something_to_read() -> None:
+    """It neither polls nor spins."""
+    jobs, future, kept = Jobs(), Future[str](), list[Progress]()
+
+    def submit(progress: Progress) -> Future[str]:
+        kept.append(progress)
+        return future
+
+    job, _ = jobs.start("work", submit, lambda _: JobResult())
+    feed = CountingFeed(jobs, job.id)
+
+    async def listen() -> int:
+        count = 0
+        async for _ in job_routes.stream(feed, 0):
+            count += 1
+            if count == 1:
+                kept[0]("stage", 0, 1)  # two events, one wake
+                asyncio.get_running_loop().call_later(0.1, future.set_result, "a")
+        return count
+
+    assert asyncio.run(asyncio.wait_for(listen(), SECONDS)) == 4
+    assert feed.reads <= 4
 
 
 # On a real server --------------------------------------------------------------------------

@@ -258,3 +258,27 @@ def test_any_of_many_edits_undone_in_any_order_gives_the_same_bytes(
     for fact in chance.sample(sorted(gone, key=str), len(gone)):
         assert undo(bench, made[fact]).exact
     assert equal(bench.matrices(), never.matrices())
+
+
+def test_a_hundred_of_three_hundred_undone_in_any_order_were_never_there(
+    make_bench: MakeBench,
+) -> None:
+    """On 200 subjects: every second one has two facts, of which any may go."""
+    bench, never = make_bench(), make_bench(folder="never")
+    chance = random.Random(0)
+    facts = [
+        Fact(f"{{}} {verb}", f"Place {n}", "Spain")
+        for n in range(200)
+        for verb in ("borders", "lies in")[: 1 + n % 2]
+    ]
+    chance.shuffle(facts)
+    gone = chance.sample(facts, 100)
+    quick = {**LEDGER, "hparams": {"steps": 1, "layers": [1], "contexts": 1, "self_essence": 0}}
+    made = {fact: bench.edit(fact, evaluate=False, **quick).id for fact in facts}
+    for fact in facts:
+        if fact not in gone:
+            never.edit(fact, evaluate=False, **quick)
+    assert all(undo(bench, made[fact]).exact for fact in gone)
+    assert len(bench.journal.live_edits(400)) == 200
+    assert equal(bench.matrices(), never.matrices())
+    assert bench.service.head.state_hash == never.service.head.state_hash

@@ -8,6 +8,7 @@ that the list says of them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -155,11 +156,15 @@ class LiveEdits:
                         yield prompt, target, row.hparams
 
     def _concerned(self, before: Sequence[LiveEdit], after: Sequence[LiveEdit]) -> Collection[str]:
-        """The subjects of the rows that some edit, in one list but not in the other, tells of."""
-        old, new = {id(edit) for edit in before}, {id(edit) for edit in after}
-        changed = [edit for edit in before if id(edit) not in new]
-        changed += [edit for edit in after if id(edit) not in old]
-        return {subject for edit in changed for subject in self._subjects(edit)}
+        """The subjects of the rows that some edit, more often in one list than in the other,
+        tells of."""
+        old, new = Counter(map(id, before)), Counter(map(id, after))
+        return {
+            subject
+            for edit in (*before, *after)
+            if old[id(edit)] != new[id(edit)]
+            for subject in self._subjects(edit)
+        }
 
     def _subjects(self, edit: LiveEdit) -> Iterable[str]:
         if edit.plan.method == Ledger.name:

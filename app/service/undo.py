@@ -135,7 +135,9 @@ class Undo:
     ) -> Target:
         """Compute the edits again that depended on what changed, in order."""
         late = [target.lineage[index] for index in target.dependants]
-        staying = tuple(one for one in target.lineage if one not in late)
+        staying = tuple(
+            one for index, one in enumerate(target.lineage) if index not in target.dependants
+        )
         state = self._plan(before, staying, area).composition
         made: list[Contribution] = []
         for place, (one, edit) in enumerate(zip(late, self._reader.read(late), strict=True)):

@@ -223,13 +223,14 @@ def test_an_imported_sandbox_is_continued_and_promoted(bench: Bench, other: Benc
     assert other.journal.verify() == []
 
 
-def test_imported_facts_are_compacted_with_the_others(bench: Bench, other: Bench) -> None:
+def test_imported_facts_are_compacted_with_the_others(
+    make_bench: MakeBench, bench: Bench, other: Bench
+) -> None:
     bench.edit(FACT, **LEDGER)
     take(other, upload(other, export(bench)), LIVE)
     other.edit(OTHER)
     made = other.service.compact("ledger", LEDGER["hparams"], force=True).result(60)
-    bench.edit(OTHER, **LEDGER)
-    assert made.state_hash == bench.service.head.state_hash
+    assert made.state_hash == make_bench(folder="third").edit(FACT, OTHER, **LEDGER).state_hash
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -343,7 +344,7 @@ def test_facts_that_are_none_are_refused(
         lambda known: replace(known, details={**known.details, "facts": [fact]}),
         export(bench),
     )
-    error = refuse(other, source, InvalidInput, "")
+    error = refuse(other, source, InvalidInput, "import")
     assert isinstance(error, InvalidInput)
     assert error.field == "source"
 

@@ -173,6 +173,30 @@ def test_a_fact_that_was_undone_does_not_come_back_with_a_sandbox(bench: Bench) 
     assert equal(bench.matrices(), live)
 
 
+def test_what_is_promoted_twice_is_answered_as_it_was_last_told(bench: Bench) -> None:
+    sandbox = bench.service.create_sandbox("base").result(30).id
+    twice = bench.edit(FACT, sandbox=sandbox, **LEDGER)
+    bench.service.promote(sandbox).result(30)
+    again = bench.edit(AGAIN, **LEDGER)
+    bench.service.promote(sandbox).result(30)
+    assert equal(bench.matrices(), bench.matrices(sandbox))
+    undo(bench, twice.id)
+    assert equal(bench.matrices(), bench.matrices("r2"))
+    assert undo(bench, again.id).exact
+    assert equal(bench.matrices(), bench.matrices("base"))
+
+
+def test_of_an_edit_that_is_live_twice_resolving_loses_neither(bench: Bench) -> None:
+    sandbox = bench.service.create_sandbox("base").result(30).id
+    bench.edit(OTHER, sandbox=sandbox)
+    bench.service.promote(sandbox).result(30)
+    gone = bench.edit(FACT)
+    bench.service.promote(sandbox).result(30)
+    undo(bench, gone.id, UndoStrategy.RESOLVE)
+    assert len(bench.journal.live_edits(4)) == 2
+    assert len(bench.service.resolve("live").composition) == 2
+
+
 def test_after_a_revert_the_edits_of_then_are_the_live_ones(bench: Bench) -> None:
     first, second = bench.edit(FACT), bench.edit(OTHER)
     bench.service.revert("r1").result(30)

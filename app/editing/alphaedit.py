@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from app.editing.parameters import Positive
+from app.editing.protection import solve_ridged
 from app.editing.spread import SpreadMethod, SpreadParameters, regularised_right
 from app.editing.workbench import Workbench
 
@@ -47,6 +47,4 @@ class AlphaEdit(SpreadMethod[AlphaEditParameters]):
         basis = bench.null_space(layer, params.null_share)  # (d_ff, q)
         inside, past = basis.T @ keys, basis.T @ bench.past_keys(layer)
         ridge = params.l2 * float(keys.square().sum(dim=0).mean())
-        total = past @ past.T + ridge * torch.eye(len(past), dtype=past.dtype)
-        solved = torch.cholesky_solve(inside, torch.linalg.cholesky(total))
-        return basis @ regularised_right(solved, inside)
+        return basis @ regularised_right(solve_ridged(ridge, past, inside), inside)

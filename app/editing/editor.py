@@ -34,6 +34,7 @@ from app.editing.registry import METHODS, describe, find_method
 from app.editing.row_cache import RowCache
 from app.editing.statistics import Statistics
 from app.editing.tuned import read_tuned
+from app.editing.vetting import read_row_facts
 from app.editing.workbench import Workbench
 from app.errors import ContextExceeded, EditRejected, InvalidInput
 from app.weights.delta import Delta
@@ -257,24 +258,49 @@ class Editor:
                 worst = ratio if worst is None else max(worst, ratio)
         return worst
 
+    def vet(self, digests: Sequence[Digest]) -> None:
+        """Refuse deltas from elsewhere, staged or stored, that edits of this model could not have
+        made together.
+
+        Raises:
+            EditRejected: one isn't finite, or larger than the norm bound.
+            InvalidInput: two rows of the ledger for one subject, or one that can't be told anew.
+            JournalError: a delta is missing or damaged.
+        """
+        subjects: set[str] = set()
+        for digest in digests:
+            delta = self._views.delta(digest)
+            self._bound(delta, f"Delta {digest}", "It can't be imported.")
+            if delta.row is None:
+                continue
+            self.check(read_row_facts(delta.row, self._loaded.anatomy.depth))
+            if delta.row.subject in subjects:
+                raise InvalidInput(f"Two rows tell of {delta.row.subject!r}; a state has one.")
+            subjects.add(delta.row.subject)
+
     def _accept(self, method: Method[Any], part: Part) -> Proposal:
         solution = part.solution
-        if not solution.delta.is_finite():
+        advice = "Try a smaller learning_rate, fewer steps or another layer."
+        self._bound(solution.delta, method.name, advice)
+        return Proposal(solution.delta.to_bytes(), part.facts, solution.details)
+
+    def _bound(self, delta: Delta, who: str, advice: str) -> None:
+        """Raises:
+        EditRejected: a change that isn't finite, or is larger than the norm bound.
+        """
+        if not delta.is_finite():
             raise EditRejected(
-                f"{method.name} gave a change that is not finite; nothing was changed. "
-                "Try a smaller learning_rate or another layer."
+                f"{who} gives a change that is not finite; nothing was changed. {advice}"
             )
         # A row of the ledger is bounded where it acts, by the clamp on its value.
-        for name, change in solution.delta.changes.items():
+        for name, change in delta.changes.items():
             base = float(self._loaded.model.get_parameter(name).float().norm())
             ratio = change.norm() / max(base, 1e-12)
             if ratio > self._max_relative_norm:
                 raise EditRejected(
-                    f"{method.name} would change {name} by {ratio:.2f} times its own norm "
-                    f"(the bound is {self._max_relative_norm:g}); nothing was changed. "
-                    "Try a smaller learning_rate, fewer steps or another layer."
+                    f"{who} would change {name} by {ratio:.2f} times its own norm "
+                    f"(the bound is {self._max_relative_norm:g}); nothing was changed. {advice}"
                 )
-        return Proposal(solution.delta.to_bytes(), part.facts, solution.details)
 
     @property
     def _default_method(self) -> str:

@@ -43,6 +43,7 @@ from app.api.schemas import (
     UploadOut,
     problem_type,
 )
+from app.api.schemas.drift import DiffOut, DriftHistory, DriftOut
 from app.domain import ExportKind, Progress, no_progress
 from app.job_stream import follow
 from app.jobs import JobStatus
@@ -254,6 +255,18 @@ class Client:
     def delete_checkpoint(self, name: str) -> None:
         self._send("DELETE", f"/checkpoints/{_segment(name)}")
 
+    def drift(self, view: str = "live") -> DriftOut:
+        """How far a revision has moved from the base."""
+        return self._get("/drift", DriftOut, view=view)
+
+    def drift_history(self) -> DriftHistory:
+        """What was measured of drift since the server's start."""
+        return self._get("/drift/history", DriftHistory)
+
+    def diff(self, before: str, after: str) -> DiffOut:
+        """What lies between two views."""
+        return self._get(f"/revisions/{_segment(before)}/diff/{_segment(after)}", DiffOut)
+
     # Sandboxes -----------------------------------------------------------------------------
 
     def create_sandbox(self, root: str = "base") -> SandboxOut:
@@ -395,7 +408,7 @@ class Client:
     def job_events(self, job_id: str) -> Iterator[JobEventOut]:
         """Everything that happens to a job, from its first event to its last."""
         path = f"/jobs/{_segment(job_id)}/events"
-        return follow(lambda after: self._stream(path, {"Last-Event-ID": str(after)}))
+        return follow(lambda after: self._stream_events(path, after))
 
     # System --------------------------------------------------------------------------------
 
@@ -461,6 +474,13 @@ class Client:
         return self._get(job.result.link, answer)
 
     @contextmanager
+    def _stream_events(self, path: str, after: int) -> Iterator[httpx.Response]:
+        with self._stream(path, {"Last-Event-ID": str(after)}) as response:
+            if response.status_code == httpx.codes.OK and not _is_event_stream(response):
+                raise self._strange("event stream")
+            yield response
+
+    @contextmanager
     def _stream(self, path: str, headers: Headers = None) -> Iterator[httpx.Response]:
         with (
             self._reaching_server(),
@@ -469,8 +489,6 @@ class Client:
             if response.is_error:
                 response.read()
                 raise error_of(response)
-            if response.status_code == httpx.codes.OK and not _is_event_stream(response):
-                raise self._strange("event stream")
             yield response
 
     @contextmanager

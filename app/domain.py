@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 SUBJECT_SLOT = "{}"
 IMPORTED = "import"  # the method of edits that were made elsewhere
+EXPORT_RANK = 256  # servers of many adapters keep room for the largest rank in each
 ID_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32
 
 
@@ -403,6 +404,74 @@ class Undone:
     kept: float | None = None
 
 
+class ExportKind(StrEnum):
+    """The forms a state is written in: a LoRA adapter, a whole model folder, or the files of its
+    deltas."""
+
+    ADAPTER = "adapter"
+    MODEL = "model"
+    BUNDLE = "bundle"
+
+    @property
+    def manifest(self) -> str:
+        """The manifest's file name: a sidecar among files that other programs name."""
+        return "manifest.json" if self is ExportKind.BUNDLE else "palimpsest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOrder:
+    """What to write of which view. Of adapters alone: ranks above ``max_rank`` are refused, or
+    cut off if ``truncate``."""
+
+    view: str = "live"
+    kind: ExportKind = ExportKind.ADAPTER
+    max_rank: int = EXPORT_RANK
+    truncate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExportFile:
+    """A file of an export: its path in there, its size in bytes, its sha256."""
+
+    name: str
+    size: int
+    digest: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A state as a folder that never changes. ``label`` says which state (``r000123``, or a
+    sandbox's id); ``details`` what else there is to say of the kind."""
+
+    name: str
+    kind: ExportKind
+    label: str
+    state_hash: Digest
+    base: BaseIdentity
+    files: tuple[ExportFile, ...]
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ImportTarget(StrEnum):
+    """Where an import goes: into a sandbox of its own on the base, or onto the live model."""
+
+    SANDBOX = "sandbox"
+    LIVE = "live"
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What a folder brings, read and found to fit the loaded model: the ``payloads`` of its
+    deltas in the order of their composition, and the hash of the state they gave where they come
+    from, if that is told. ``base_checked``: the folder names the very base that is loaded."""
+
+    kind: ExportKind
+    payloads: tuple[bytes, ...]
+    state_hash: Digest | None
+    facts: tuple[Fact, ...]
+    base_checked: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Assessment:
     """Outcomes per fact (in the order given) and the metrics over all of them."""
@@ -469,6 +538,37 @@ class ProbeResult:
     prompt: str
     candidates: tuple[CandidateScore, ...]
     top: tuple[TokenChoice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FactChange:
+    """One question, and the facts that answer it in two states."""
+
+    before: Fact
+    after: Fact
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryChange:
+    """A canary prompt that two states answer differently (greedy)."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class StateDiff:
+    """What lies between two states. ``distances`` are ‖W_after − W_before‖/‖W₀‖ (Frobenius) by
+    matrix; facts are those of the live edits."""
+
+    before: ResolvedView
+    after: ResolvedView
+    gained: tuple[Fact, ...]
+    lost: tuple[Fact, ...]
+    changed: tuple[FactChange, ...]
+    distances: Mapping[str, float]
+    canaries: tuple[CanaryChange, ...]
 
 
 @dataclass(frozen=True, slots=True)

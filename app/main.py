@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from app import __version__
-from app.api import edits, exports, generate, history, jobs, sandboxes, system
+from app.api import drift, edits, exports, generate, history, jobs, sandboxes, system
 from app.api.admission import Admission
 from app.api.limits import BodyLimit
 from app.api.problems import UnexpectedErrors, install_handlers
@@ -25,6 +25,7 @@ from app.api.revision_header import RevisionHeader
 from app.api.schemas import Problem, ProblemItem
 from app.api.security import Keyring
 from app.errors import SettingsError
+from app.evaluation.drift_report import DriftLimits
 from app.jobs import Jobs
 from app.journal.claim import Claim
 from app.service import Service
@@ -84,7 +85,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     app.state.jobs = Jobs()
     app.state.work = OpenWork(service, app.state.jobs)
     app.state.probes = Admission(at_once=PROBES_AT_ONCE, waiting=PROBES_WAITING)
-    for module in (edits, generate, history, sandboxes, exports, jobs, system):
+    for module in (edits, generate, history, drift, sandboxes, exports, jobs, system):
         app.include_router(module.router)
     install_handlers(app)
     app.add_middleware(
@@ -176,6 +177,7 @@ class OwningService(Service):
 
     def close(self) -> None:
         super().close()
+        self._views.close()
         self._claim.release()
         self._lock.release()
 
@@ -248,6 +250,8 @@ def build_service(settings: Settings, progress: Report | None = None) -> OwningS
     from app.journal.journal import Journal
     from app.journal.store import DeltaStore
     from app.weights.exports.exporter import Exporter
+    from app.weights.snapshot_folder import SNAPSHOT_FOLDER
+    from app.weights.snapshots import SnapshotStore
     from app.weights.views import ViewCache
 
     report = progress or (lambda stage: log.info(stage))
@@ -263,7 +267,13 @@ def build_service(settings: Settings, progress: Report | None = None) -> OwningS
         journal = Journal.open(settings.journal_url(folder))
         undo.callback(journal.close)
         store = DeltaStore(folder / DELTA_FOLDER)
-        views = ViewCache(loaded, load_delta=store.get, budget_bytes=settings.view_cache_bytes)
+        snapshots = SnapshotStore(folder / SNAPSHOT_FOLDER, budget_bytes=settings.snapshot_bytes)
+        views = ViewCache(
+            loaded,
+            load_delta=store.get,
+            budget_bytes=settings.view_cache_bytes,
+            snapshots=snapshots if settings.snapshot_bytes else None,
+        )
         engine = Engine(
             views,
             max_batch_rows=settings.max_batch_rows,
@@ -295,6 +305,8 @@ def build_service(settings: Settings, progress: Report | None = None) -> OwningS
             ),
             max_pending_edits=settings.max_pending_edits,
             default_guard=settings.guard.to_domain(),
+            drift_limits=DriftLimits(**settings.drift_limits.model_dump()),
+            watch_drift=True,
         )
         undo.pop_all()
     return service

@@ -18,6 +18,8 @@ from app.errors import SettingsError
 ENVIRONMENT_PREFIX = "PALIMPSEST_"
 DATABASE_FILE = "journal.sqlite3"
 DELTA_FOLDER = "deltas"
+EXPORT_FOLDER = "exports"
+UPLOAD_FOLDER = "imports"
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -47,6 +49,18 @@ class GuardLimits(BaseModel):
         return Guard(**self.model_dump())
 
 
+class DriftThresholds(BaseModel):
+    """Where drift becomes worth a warning in edit answers; ``retention`` is the least share of
+    facts that must still be answered."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    relative_norm: Bound | None = None
+    canary_kl: Bound | None = None
+    perplexity_ratio: Bound | None = None
+    retention: Share | None = None
+
+
 class Settings(BaseSettings):
     """Everything ``palimpsest serve`` can be told. ``api_keys`` maps a key to its scope;
     ``corpus`` is a text file or ``hf:NAME[,CONFIG]:SPLIT[:COLUMN]``; ``canaries`` a text file
@@ -71,14 +85,17 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
     api_keys: dict[str, Scope] = Field(default_factory=dict, repr=False)
 
-    guard: GuardLimits = Field(default_factory=lambda: GuardLimits())
+    guard: GuardLimits = Field(default_factory=GuardLimits)
     canaries: Path | None = None
+    drift_limits: DriftThresholds = Field(default_factory=DriftThresholds)
 
     max_body_bytes: Count = 1 << 20
+    max_import_bytes: Count = 4 << 30
     max_pending_reads: Count = 256
     max_batch_rows: Count = 32
     max_pending_edits: Count = 64
     view_cache_bytes: Annotated[int, Field(ge=0)] = 1 << 30
+    snapshot_bytes: Annotated[int, Field(ge=0)] = 1 << 30
 
     log_json: bool = False
 

@@ -14,8 +14,8 @@ of the folder and with nothing in memory:
 * *revert*: on a server just started, back to the revision halfway.
 * *no snapshots*: *start* with the snapshots deleted, which replays everything.
 
-Medians in milliseconds, and each over its figure at the smallest number. Files come from the
-system's page cache.
+Medians in milliseconds, and each over its figure at the smallest number: by the clock, and of CPU
+time, which tells more on a machine that others use. Files come from the system's page cache.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from app import main as composition_root
 from app.almanac import MODEL_FOLDER
 from app.domain import (
     Cause,
@@ -49,32 +51,45 @@ from app.domain import (
     new_id,
     utc_now,
 )
-from app.editing.editor import Editor
-from app.engine.engine import Engine
 from app.errors import PalimpsestError
-from app.evaluation.evaluator import Evaluator
 from app.journal import DeltaStore, Journal
+from app.main import build_service
 from app.service import Service
-from app.settings import DATABASE_FILE, DELTA_FOLDER
+from app.settings import DATABASE_FILE, DELTA_FOLDER, Settings
 from app.weights.delta import Delta, LowRank, RowVectors, SubjectRow
 from app.weights.loading import LoadedModel, load_model
+from app.weights.snapshot_folder import SNAPSHOT_FOLDER
 from app.weights.snapshots import SnapshotStore
 from app.weights.views import ViewCache
 
 KINDS = ("changes", "ledger", "mixed")
+CLOCKS = ("wall", "cpu")
 FIGURES = ("start", "killed", "revert", "no snapshots")
-SNAPSHOTS = "snapshots"
 REMOVE_EVERY = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Median milliseconds of each figure, and what the snapshots take on disk."""
+    """Median milliseconds of each figure by each clock, and what the snapshots take on disk."""
 
     kind: str
     edits: int
-    milliseconds: dict[str, float]
+    milliseconds: dict[tuple[str, str], float]
     snapshot_megabytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds by the clock, and of CPU time in all threads."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def of(cls, work: Callable[[], object]) -> Timing:
+        began, cpu = perf_counter(), process_time()
+        work()
+        return cls(perf_counter() - began, process_time() - cpu)
 
 
 class Inventor:
@@ -107,62 +122,36 @@ class Inventor:
         )
 
 
-@dataclass(slots=True)
-class Folder:
-    """A data folder and the parts that work on it."""
+@contextmanager
+def running(folder: Path, loaded: LoadedModel) -> Iterator[Callable[[], Service]]:
+    """What starts the server of a folder, by the composition root, but for loading the model."""
+    started: list[Service] = []
 
-    path: Path
-    loaded: LoadedModel
-    with_snapshots: bool = True
-    stack: ExitStack = field(default_factory=ExitStack)
+    def start() -> Service:
+        started.append(build_service(Settings(_env_file=None, data=folder), lambda _: None))
+        return started[-1]
 
-    def open_journal(self) -> Journal:
-        journal = Journal.open(f"sqlite:///{self.path / DATABASE_FILE}")
-        self.stack.callback(journal.close)
-        return journal
-
-    @property
-    def store(self) -> DeltaStore:
-        return DeltaStore(self.path / DELTA_FOLDER)
-
-    def open_snapshots(self, rest: float) -> SnapshotStore:
-        return SnapshotStore(self.path / SNAPSHOTS, rest=rest)
-
-    def start(self) -> tuple[Service, ViewCache]:
-        """A service of the real parts, as the composition root puts them together."""
-        journal, snapshots = self.open_journal(), None
-        if self.with_snapshots:
-            snapshots = SnapshotStore(self.path / SNAPSHOTS)
-        store = self.store
-        views = ViewCache(self.loaded, load_delta=store.get, snapshots=snapshots)
-        engine = Engine(views)
-        self.stack.callback(engine.close)
-        service = Service(
-            journal=journal,
-            store=store,
-            views=views,
-            engine=engine,
-            editor=Editor(views, data=self.path / "statistics"),
-            evaluator=Evaluator(views),
-        )
-        self.stack.callback(service.close)
-        return service, views
+    with patch.object(composition_root, "load_configured_model", lambda *_: loaded):
+        yield start
+    for service in started:
+        service.close()
 
 
-def make_folder(folder: Folder, inventor: Inventor, edits: int) -> None:
+def make_folder(folder: Path, loaded: LoadedModel, inventor: Inventor, edits: int) -> None:
     """Commit the edits one after another, and leave the folder as a killed server does."""
-    store, snapshots = folder.store, folder.open_snapshots(rest=0.0)
-    views = ViewCache(folder.loaded, load_delta=store.get, snapshots=snapshots)
-    with folder.stack:
-        journal = folder.open_journal()
-        journal.bind(views.base)
-        composition: Composition = ()
-        for number in range(1, edits + 1):
-            digest = store.stage(inventor.draw(number).to_bytes())
-            removed = choose_removed(inventor, number, composition)
-            composition = commit(store, journal, views, number, composition, removed, digest)
-            snapshots.flush()  # a real edit takes longer than this
+    store = DeltaStore(folder / DELTA_FOLDER)
+    snapshots = SnapshotStore(folder / SNAPSHOT_FOLDER, rest=0.0)
+    views = ViewCache(loaded, load_delta=store.get, snapshots=snapshots)
+    journal = Journal.open(f"sqlite:///{folder / DATABASE_FILE}")
+    journal.bind(views.base)
+    composition: Composition = ()
+    for number in range(1, edits + 1):
+        digest = store.stage(inventor.draw(number).to_bytes())
+        removed = choose_removed(inventor, number, composition)
+        composition = commit(store, journal, views, number, composition, removed, digest)
+        snapshots.flush()  # a real edit takes longer than this
     snapshots.close()
+    journal.close()
 
 
 def choose_removed(inventor: Inventor, number: int, composition: Composition) -> Composition:
@@ -232,26 +221,30 @@ class Prepared:
     @classmethod
     def make(cls, loaded: LoadedModel, kind: str, edits: int, work: Path) -> Prepared:
         killed, closed = work / f"{kind}-{edits}", work / f"{kind}-{edits}-closed"
-        make_folder(Folder(killed, loaded), Inventor(loaded, kind), edits)
+        make_folder(killed, loaded, Inventor(loaded, kind), edits)
         copy_folder(killed, closed)
-        close_cleanly(Folder(closed, loaded))
+        with running(closed, loaded) as start:
+            start()
         return cls(loaded, edits, killed, closed)
 
-    def seconds(self, figure: str) -> float:
+    def time(self, figure: str) -> Timing:
         """One timing, on a copy of the folder that is deleted again."""
         copy = self.killed.with_name("copy")
         copy_folder(self.killed if figure == "killed" else self.closed, copy)
-        folder = Folder(copy, self.loaded, with_snapshots=figure != "no snapshots")
-        try:
+        if figure == "no snapshots":
+            shutil.rmtree(copy / SNAPSHOT_FOLDER, ignore_errors=True)
+        with running(copy, self.loaded) as start:
             if figure == "revert":
-                return revert_seconds(folder, f"r{self.edits // 2}")
-            return start_seconds(folder)
-        finally:
-            shutil.rmtree(copy)
+                service = start()
+                timing = Timing.of(lambda: service.revert(f"r{self.edits // 2}").result())
+            else:
+                timing = Timing.of(start)
+        shutil.rmtree(copy)
+        return timing
 
     @property
     def snapshot_megabytes(self) -> float:
-        return sum(path.stat().st_size for path in (self.closed / SNAPSHOTS).glob("*")) / 1e6
+        return sum(path.stat().st_size for path in (self.closed / SNAPSHOT_FOLDER).glob("*")) / 1e6
 
 
 def measure(
@@ -260,42 +253,27 @@ def measure(
     """Make the folders, and time what the table shows; the folders take turns, so that what else
     the machine does falls on all of them alike."""
     folders = [Prepared.make(loaded, kind, edits, work) for edits in numbers]
-    timed: dict[tuple[int, str], list[float]] = {}
+    timed: dict[tuple[int, str, str], list[float]] = {}
     for _ in range(repeat):
         for figure in FIGURES:
             for folder in folders:
-                timed.setdefault((folder.edits, figure), []).append(folder.seconds(figure))
+                timing = folder.time(figure)
+                for clock in CLOCKS:
+                    seconds = timed.setdefault((folder.edits, figure, clock), [])
+                    seconds.append(getattr(timing, clock))
     return [
         Measured(
             kind,
             folder.edits,
-            {name: 1000 * statistics.median(timed[folder.edits, name]) for name in FIGURES},
+            {
+                (figure, clock): 1000 * statistics.median(timed[folder.edits, figure, clock])
+                for figure in FIGURES
+                for clock in CLOCKS
+            },
             folder.snapshot_megabytes,
         )
         for folder in folders
     ]
-
-
-def start_seconds(folder: Folder) -> float:
-    with folder.stack:
-        began = perf_counter()
-        folder.start()
-        return perf_counter() - began
-
-
-def revert_seconds(folder: Folder, to: str) -> float:
-    with folder.stack:
-        service, _ = folder.start()
-        began = perf_counter()
-        service.revert(to).result()
-        return perf_counter() - began
-
-
-def close_cleanly(folder: Folder) -> None:
-    with folder.stack:
-        service, views = folder.start()
-        service.close()
-        views.close()
 
 
 def copy_folder(source: Path, target: Path) -> None:
@@ -310,7 +288,7 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def write_table(found: Sequence[Measured]) -> str:
+def write_table(found: Sequence[Measured], clock: str) -> str:
     """Markdown: a row for each kind and number; a figure's ratio is to the kind's first row."""
     columns = [column for name in FIGURES for column in (name, "×")]
     lines = [
@@ -321,8 +299,8 @@ def write_table(found: Sequence[Measured]) -> str:
         first = next(other for other in found if other.kind == one.kind)
         cells = []
         for name in FIGURES:
-            own = one.milliseconds[name]
-            cells += [f"{own:.1f}", f"{own / first.milliseconds[name]:.2f}"]
+            own = one.milliseconds[name, clock]
+            cells += [f"{own:.1f}", f"{own / first.milliseconds[name, clock]:.2f}"]
         size = f"{one.snapshot_megabytes:.1f}"
         lines.append(f"| {one.kind} | {one.edits} | {' | '.join(cells)} | {size} |")
     return "\n".join(lines) + "\n"
@@ -343,7 +321,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for kind in options.kinds:
             found += measure(loaded, kind, options.at, options.repeat, Path(work))
             sys.stderr.write(f"{kind}: measured\n")
-    sys.stdout.write(write_table(found))
+    for clock in CLOCKS:
+        sys.stdout.write(f"By {clock} time:\n\n{write_table(found, clock)}\n")
     return 0
 
 

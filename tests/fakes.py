@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from pydantic import TypeAdapter
 
 from app.domain import (
     Assessment,
@@ -29,8 +30,12 @@ from app.domain import (
     Digest,
     DriftFigures,
     EditPlan,
+    Export,
+    ExportKind,
+    ExportOrder,
     Fact,
     FactOutcome,
+    Imported,
     LiveEdit,
     MatrixDrift,
     ProbeResult,
@@ -49,6 +54,10 @@ from app.journal.store import DeltaStore
 from app.main import create_app
 from app.service import Service
 from app.settings import Settings
+from app.weights.exports.folder import MAX_BYTES, draft_folder, read_files, read_manifest, seal
+from app.weights.exports.manifest import Manifest, name_export
+from app.weights.exports.shelf import Shelf
+from app.weights.exports.uploads import ReceivedFile, Uploads
 
 BASE_KNOWLEDGE: Mapping[str, str] = {
     "The capital of France is": " Paris.",
@@ -98,6 +107,12 @@ class FakeViews:
     def state_hash(self, composition: Composition) -> Digest:
         known = self.knowledge(composition)
         return sha256(json.dumps(known, sort_keys=True).encode()) if composition else BASE.digest
+
+    def remake(self, composition: Composition) -> Digest:
+        return self.state_hash(composition)
+
+    def close(self) -> None:
+        pass
 
     def pin_live(self, composition: Composition) -> None:
         self.live = composition
@@ -243,6 +258,66 @@ class FakeEditor:
     ) -> float | None:
         return 0.25
 
+    def vet(self, digests: Sequence[Digest]) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+
+class FakeExporter(Shelf):
+    """Real folders of fake states: every kind has the deltas as its files.
+
+    While ``gate`` is clear an export waits before its last step, with ``entered`` set.
+    """
+
+    def __init__(self, views: FakeViews, load_delta: Callable[[Digest], bytes], data: Path) -> None:
+        super().__init__(data / "exports")
+        self._views = views
+        self._load_delta = load_delta
+        self._uploads = Uploads(data / "imports")
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+
+    def write(
+        self,
+        order: ExportOrder,
+        composition: Composition,
+        *,
+        label: str,
+        facts: Sequence[Fact],
+        progress: Progress = no_progress,
+    ) -> Export:
+        state = self._views.state_hash(composition)
+        name = name_export(BASE, order.kind, label, state)
+        with draft_folder(self.place(name)) as draft:
+            for digest in composition:
+                (draft / f"{digest}.json").write_bytes(self._load_delta(digest))
+            told = {"composition": list(composition), "facts": [asdict(fact) for fact in facts]}
+            details = told if order.kind is ExportKind.BUNDLE else {"rank": len(composition)}
+            self.entered.set()
+            self.gate.wait(10)
+            seal(draft, Manifest(order.kind, BASE, state, label, {}, details), progress)
+        return self.find(name)
+
+    def receive(self, name: str, file: str) -> ReceivedFile:
+        return self._uploads.receive(name, file)
+
+    def read(self, source: str, progress: Progress = no_progress) -> Imported:
+        folder = self._uploads.find(source) or self.locate(source)
+        progress("reading the import", 0, 1)
+        manifest = read_manifest(folder, ExportKind.BUNDLE)
+        contents = read_files(folder, manifest, MAX_BYTES)
+        return Imported(
+            ExportKind.BUNDLE,
+            tuple(contents[f"{digest}.json"] for digest in manifest.details["composition"]),
+            manifest.state_hash,
+            tuple(TypeAdapter(list[Fact]).validate_python(manifest.details["facts"])),
+            base_checked=True,
+        )
+
+    def discard(self, source: str) -> None:
+        self._uploads.discard(source)
+
 
 class FakeEvaluator:
     """Compares what the states say, word for word.
@@ -304,7 +379,9 @@ class FakeEvaluator:
         top = (TokenChoice(0, f" {said}", -0.1),)
         return ProbeResult(prompt, scores, top[:top_k])
 
-    def answers(self, composition: Composition, prompts: Sequence[str]) -> list[str]:
+    def answers(
+        self, composition: Composition, prompts: Sequence[str], expected: Sequence[str] = ()
+    ) -> list[str]:
         return [self._views.answer(composition, prompt) for prompt in prompts]
 
     def recalls(self, composition: Composition, facts: Sequence[Fact]) -> list[bool]:
@@ -312,6 +389,9 @@ class FakeEvaluator:
 
     def canary_kl(self, composition: Composition) -> float:
         return 0.01 * len(composition)
+
+    def distances(self, before: Composition, after: Composition) -> Mapping[str, float]:
+        return {MATRIX: 0.01 * len(set(before) ^ set(after))}
 
     def relative_norms(self, composition: Composition) -> Mapping[str, float]:
         return {MATRIX: 0.01 * len(composition)} if composition else {}
@@ -336,6 +416,7 @@ class FakeWorld:
     views: FakeViews
     engine: FakeEngine
     editor: FakeEditor
+    exporter: FakeExporter
     journal: Journal
     service: Service
 
@@ -348,6 +429,7 @@ def build_world(folder: Path, max_pending_edits: int = 64) -> FakeWorld:
     editor = FakeEditor()
     views = FakeViews(store.get)
     engine = FakeEngine(views)
+    exporter = FakeExporter(views, store.get, folder)
     service = Service(
         journal=journal,
         store=store,
@@ -355,9 +437,10 @@ def build_world(folder: Path, max_pending_edits: int = 64) -> FakeWorld:
         engine=engine,
         editor=editor,
         evaluator=FakeEvaluator(views),
+        exporter=exporter,
         max_pending_edits=max_pending_edits,
     )
-    return FakeWorld(store, views, engine, editor, journal, service)
+    return FakeWorld(store, views, engine, editor, exporter, journal, service)
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -15,23 +17,43 @@ from app.api.schemas import Problem, problem_type
 # once, so a bounded rest of the body is thrown away first.
 LINGER_BYTES = 16 << 20
 LINGER_SECONDS = 5.0
+UPLOAD = re.compile(r"/imports/[^/]+/files/[^/]+")  # what a PUT streams to disk
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """How large a body may be, and what to do about one that is larger."""
+
+    max_bytes: int
+    advice: str
+
+    def problem(self) -> Problem:
+        return Problem(
+            type=problem_type("ContentTooLarge"),
+            title="Content too large",
+            status=413,
+            detail=f"The body is larger than {self.max_bytes} bytes; {self.advice}.",
+        )
 
 
 class BodyLimit:
-    """ASGI middleware: a body over ``max_bytes`` gets a 413 problem and is never kept."""
+    """ASGI middleware: a body over ``max_bytes``, or an upload over ``max_upload_bytes``, gets a
+    413 problem and is never kept."""
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_bytes: int, max_upload_bytes: int) -> None:
         self.app = app
-        self.max_bytes = max_bytes
+        self._general = Bound(max_bytes, "send fewer facts at a time")
+        self._upload = Bound(max_upload_bytes, "no import may have more")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body = BoundedBody(receive, send, self.max_bytes)
-        if declared_length(scope) > self.max_bytes:
+        bound = self._upload if is_upload(scope) else self._general
+        body = BoundedBody(receive, send, bound)
+        if declared_length(scope) > bound.max_bytes:
             body.exceeded = True
-            await respond(too_large(self.max_bytes))(scope, receive, body.send)
+            await respond(bound.problem())(scope, receive, body.send)
             return
         await self.app(scope, body.receive, body.send)
 
@@ -39,19 +61,19 @@ class BodyLimit:
 class BoundedBody:
     """One request's channel: counts what arrives, and lingers before the last answer."""
 
-    def __init__(self, receive: Receive, send: Send, max_bytes: int) -> None:
+    def __init__(self, receive: Receive, send: Send, bound: Bound) -> None:
         self._receive = receive
         self._send = send
-        self._max_bytes = max_bytes
+        self._bound = bound
         self._received = 0
         self._ended = False
         self.exceeded = False
 
     async def receive(self) -> Message:
         message = await self._next()
-        if self._received > self._max_bytes:
+        if self._received > self._bound.max_bytes:
             self.exceeded = True
-            raise HTTPException(413, too_large(self._max_bytes).detail)
+            raise HTTPException(413, self._bound.problem().detail)
         return message
 
     async def send(self, message: Message) -> None:
@@ -84,10 +106,5 @@ def declared_length(scope: Scope) -> int:
     return int(text[:20]) if text.isascii() and text.isdigit() else 0
 
 
-def too_large(max_bytes: int) -> Problem:
-    return Problem(
-        type=problem_type("ContentTooLarge"),
-        title="Content too large",
-        status=413,
-        detail=f"The body is larger than {max_bytes} bytes; send fewer facts at a time.",
-    )
+def is_upload(scope: Scope) -> bool:
+    return scope["method"] == "PUT" and UPLOAD.fullmatch(scope["path"]) is not None

@@ -12,8 +12,10 @@ from typer.core import TyperGroup
 
 from app import __version__
 from app.cli.almanac import check_almanac, train_almanac, write_almanac_facts
+from app.cli.drift import diff, drift
 from app.cli.edits import compact, edit, undo
 from app.cli.evaluation import evaluate
+from app.cli.exports import export, exports, import_folder
 from app.cli.history import checkpoint, reset, revert, show_log
 from app.cli.jobs import job, jobs
 from app.cli.reads import generate, probe
@@ -78,6 +80,11 @@ cli.command()(reset)
 cli.command()(checkpoint)
 cli.command("log")(show_log)
 cli.command()(sandboxes)
+cli.command()(diff)
+cli.command()(drift)
+cli.command()(export)
+cli.command()(exports)
+cli.command("import")(import_folder)
 cli.command()(jobs)
 cli.command()(job)
 cli.command()(verify)

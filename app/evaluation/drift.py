@@ -23,6 +23,16 @@ def relative_norms(loaded: LoadedModel, view: View) -> Mapping[str, float]:
     return {name: _relative_norm(loaded, view, name) for name in view.matrices}
 
 
+def distances(loaded: LoadedModel, before: View, after: View) -> Mapping[str, float]:
+    """``‖W_after − W_before‖ / ‖W₀‖`` (Frobenius) of every matrix edited in either view."""
+    found = {}
+    for name in sorted({*before.matrices, *after.matrices}):
+        base = loaded.model.get_parameter(name)
+        old, new = before.matrices.get(name, base), after.matrices.get(name, base)
+        found[name] = float((new.float() - old.float()).norm() / base.float().norm())
+    return found
+
+
 def _relative_norm(loaded: LoadedModel, view: View, name: str) -> float:
     base = loaded.model.get_parameter(name).float()
     return float((view.matrices[name].float() - base).norm() / base.norm())

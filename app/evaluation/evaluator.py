@@ -21,7 +21,7 @@ from app.domain import (
 )
 from app.errors import PalimpsestError, SettingsError
 from app.evaluation.answers import first_clause, says
-from app.evaluation.drift import DriftGauge, relative_norms
+from app.evaluation.drift import DriftGauge, distances, relative_norms
 from app.evaluation.fluency import fluencies
 from app.evaluation.locality import names
 from app.evaluation.perplexity import FixedText, surprise
@@ -151,10 +151,14 @@ class Evaluator:
             )
         return results
 
-    def answers(self, composition: Composition, prompts: Sequence[str]) -> list[str]:
-        """The greedy continuation of each prompt, 8 tokens or up to the end of text, as it was
-        generated: leading space kept, nothing cut off behind the first clause."""
-        return self._answers(self._views.get(composition).model, [(p, "") for p in prompts])
+    def answers(
+        self, composition: Composition, prompts: Sequence[str], expected: Sequence[str] = ()
+    ) -> list[str]:
+        """The greedy continuation of each prompt, 8 tokens (or as many as the text ``expected``
+        of it has) or up to the end of text, as it was generated: leading space kept, nothing cut
+        off behind the first clause."""
+        pairs = list(zip(prompts, expected or [""] * len(prompts), strict=True))
+        return self._answers(self._views.get(composition).model, pairs)
 
     def recalls(self, composition: Composition, facts: Sequence[Fact]) -> list[bool]:
         """Whether the greedy continuation of each fact's prompt begins with its target."""
@@ -175,6 +179,10 @@ class Evaluator:
     def relative_norms(self, composition: Composition) -> Mapping[str, float]:
         """``‖W − W₀‖ / ‖W₀‖`` (Frobenius) of every matrix that the state changes."""
         return relative_norms(self._loaded, self._views.get(composition))
+
+    def distances(self, before: Composition, after: Composition) -> Mapping[str, float]:
+        """``‖W_after − W_before‖ / ‖W₀‖`` (Frobenius) of every matrix that either state changes."""
+        return distances(self._loaded, self._views.get(before), self._views.get(after))
 
     def drift(self, composition: Composition, progress: Progress = no_progress) -> DriftFigures:
         """How far the state is from the base (``DriftGauge.measure``). ``progress`` is told

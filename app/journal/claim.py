@@ -10,6 +10,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.engine import URL, make_url
 
 from app.errors import SettingsError
+from app.journal.database import translate_errors
 
 ADVISORY_KEY = 0x70616C696D  # "palim"
 
@@ -23,17 +24,21 @@ class Claim:
 
     def __init__(self, url: str) -> None:
         """Raises:
-        SettingsError: another server has the journal.
+        SettingsError: another server has the journal. JournalError: it can't be got at.
         """
-        parsed = make_url(url)
-        self._release: Callable[[], None] = lambda: None
-        if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
-            self._release = _lock_file(Path(f"{parsed.database}.lock"))
-        elif parsed.get_backend_name() == "postgresql":
-            self._release = _lock_database(parsed)
+        with translate_errors("opened"):
+            self._release = _lock(make_url(url))
 
     def release(self) -> None:
         self._release()
+
+
+def _lock(url: URL) -> Callable[[], None]:
+    if url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:"):
+        return _lock_file(Path(f"{url.database}.lock"))
+    if url.get_backend_name() == "postgresql":
+        return _lock_database(url)
+    return lambda: None
 
 
 def _lock_file(path: Path) -> Callable[[], None]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from threading import Lock
 from typing import NamedTuple
 
-from app.domain import Composition, Digest, Revision
+from app.domain import Composition, Digest
 from app.errors import JournalError
 
 _Step = tuple[tuple[Digest, ...], tuple[Digest, ...]]  # removed, added
@@ -42,7 +42,7 @@ class Compositions:
         """How many revisions, counted from 0, are linked already."""
         return len(self._links)
 
-    def extend(self, revisions: Iterable[Revision | Link]) -> None:
+    def extend(self, revisions: Iterable[Link]) -> None:
         """Link revisions given in order of number; those known already are passed over.
 
         Raises:

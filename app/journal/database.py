@@ -20,6 +20,11 @@ from app.errors import JournalError
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 BUSY_TIMEOUT_MS = 10_000
+ADVICE = {  # on what SQLite says
+    "database or disk is full": " Free some space on its disk.",
+    "attempt to write a readonly database": " Check the permissions of its file and folder.",
+    "unable to open database file": " Check the permissions of its file and folder.",
+}
 _WRITES = "palimpsest_writes"
 
 
@@ -99,7 +104,8 @@ def translate_errors(verb: str) -> Iterator[None]:
         yield
     except (SQLAlchemyError, CommandError, JSONDecodeError, ImportError, OSError) as error:
         reason = getattr(error, "orig", None) or error
-        raise JournalError(f"The journal can't be {verb}: {reason}.") from error
+        advice = ADVICE.get(str(reason), "")
+        raise JournalError(f"The journal can't be {verb}: {reason}.{advice}") from error
 
 
 def _connect(url: str) -> Engine:

@@ -43,7 +43,7 @@ from app.journal.codec import (
     encode_revision,
     encode_sandbox,
 )
-from app.journal.compositions import Compositions
+from app.journal.compositions import Compositions, Link
 from app.journal.database import Database
 from app.journal.lineages import Lineages
 from app.journal.log import Kind, append_entry
@@ -57,6 +57,13 @@ EDITS = Listing(EditRow, "seq", decode_edit)
 SANDBOXES = Listing(SandboxRow, "seq", decode_sandbox)
 CHECKPOINTS = Listing(CheckpointRow, "name", decode_checkpoint, numbered=False)
 
+LINK_COLUMNS = (
+    RevisionRow.number,
+    RevisionRow.parent,
+    RevisionRow.restored,
+    RevisionRow.removed,
+    RevisionRow.deltas,
+)
 MAX_NUMBER = 2**31 - 1  # what an Integer column holds everywhere
 
 
@@ -373,9 +380,9 @@ class Journal:
     def _link_revisions(self, number: int) -> None:
         with self._database.reading() as session:
             _revision_row(session, number)
-            missing = select(RevisionRow).where(RevisionRow.number >= self._compositions.known)
-            rows = session.scalars(missing.order_by(RevisionRow.number))
-            self._compositions.extend(decode_revision(row.values()) for row in rows)
+            missing = select(*LINK_COLUMNS).where(RevisionRow.number >= self._compositions.known)
+            rows = session.execute(missing.order_by(RevisionRow.number))
+            self._compositions.extend(Link(*row) for row in rows)
 
 
 def _find(session: Session, table: type[Row], key: str) -> Row | None:
@@ -467,8 +474,15 @@ def _put_sandbox(session: Session, sandbox: Sandbox) -> None:
         session.add(SandboxRow(**values, seq=seq))
         session.flush()
         return
-    # An edit may have replaced some of the sandbox's own deltas, but not brought others in.
-    left = [digest for digest in row.deltas if digest in values["deltas"]]
+    # An edit may have replaced some of the sandbox's own deltas, one even by itself (a fact told
+    # again), but not brought others in before those that stay.
+    makers = EditRow.id.in_(values["edits"][len(row.edits) :])
+    made = {
+        digest
+        for deltas in session.scalars(select(EditRow.deltas).where(makers))
+        for digest in deltas
+    }
+    left = [digest for digest in row.deltas if digest in values["deltas"] and digest not in made]
     before = (row.root, row.created_at, row.edits, row.removed, left)
     after = (
         sandbox.root,

@@ -83,13 +83,13 @@ class DeltaStore:
         if payload is None:
             self._read(digest)
             return
-        with suppress(JournalError):
-            if self._read(digest) == payload:
-                # An earlier writer may have been stopped between its rename and this.
-                _sync_folder(self._path(digest).parent)
-                return
+        path = self._path(digest)
         try:
-            self._write(self._path(digest), payload)
+            if self.check([digest]):
+                self._write(path, payload)
+            else:
+                # An earlier writer may have been stopped between its rename and this.
+                _sync_folder(path.parent)
         except OSError as error:
             raise JournalError(
                 f"Delta {digest} ({len(payload)} bytes) can't be stored in {self._folder}: "
@@ -103,7 +103,8 @@ class DeltaStore:
         with self._lock:
             if digest in self._staged:
                 return True
-        return self._path(digest).is_file()
+        # Asked of every delta at each start, and pathlib takes longer than the disk.
+        return os.path.isfile(f"{self._folder}/{digest[:2]}/{digest}{SUFFIX}")
 
     def digests(self) -> list[Digest]:
         """The digests that have a file, sorted."""

@@ -88,8 +88,8 @@ class Guarding:
     ) -> Iterator[Check]:
         if not texts:
             return
-        prompts = [text.prompt for text in texts]
-        said = [self._evaluator.answers(state, prompts) for state in states]
+        prompts, expected = [text.prompt for text in texts], [text.text for text in texts]
+        said = [self._evaluator.answers(state, prompts, expected) for state in states]
         for text, answers in zip(texts, zip(*said, strict=True), strict=True):
             failing = [answer for answer in answers if (text.text in answer) is not wanted]
             shown = failing[0] if failing else answers[0]

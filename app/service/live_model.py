@@ -6,7 +6,7 @@ told in one transaction, and only then the head moves, which can't fail any more
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,14 +54,12 @@ class LiveModel:
         for edit_id in journal.discard_prepared():
             log.warning("edit discarded: it was prepared but never committed", edit=edit_id)
         self.read_only: str | None = None
+        self._told: list[Callable[[], None]] = []
         revision = journal.head()
         composition = journal.composition(revision.number)
         try:
             self.verify(revision.id, composition, revision.state_hash)
-            missing = [digest for digest in composition if digest not in store]
             self._head = Head(revision, composition)
-            if missing:
-                self._refuse_writes(store.check(missing).values())
         except JournalError as error:
             self._head = self._find_good(revision.number, error)
         views.pin_live(self._head.composition)
@@ -90,6 +88,23 @@ class LiveModel:
         self.read_only = " ".join(reasons)
         log.error("the server is read-only until this is repaired", reason=self.read_only)
 
+    def check_files(self) -> None:
+        """Look whether the live deltas are all there: a snapshot may have made the state. Where
+        one is missing nothing is written any more."""
+        missing = [digest for digest in self._head.composition if digest not in self._store]
+        if missing:
+            self._refuse_writes(self._store.check(missing).values())
+
+    def on_move(self, tell: Callable[[], None]) -> None:
+        """Have ``tell`` called, on the writer lane, whenever the head has moved. It must neither
+        wait nor raise."""
+        self._told.append(tell)
+
+    def _move(self, head: Head) -> None:
+        self._head = head
+        for tell in self._told:
+            tell()
+
     def live_edits(self) -> tuple[Contribution, ...]:
         """The edits that the live weights hold, in the order in which they joined."""
         return self._journal.live_edits(self._head.revision.number)
@@ -99,6 +114,8 @@ class LiveModel:
         JournalError: the weights of a state aren't those the journal recorded.
         """
         found = self._views.state_hash(composition)
+        if found != recorded:
+            found = self._views.remake(composition)
         if found != recorded:
             raise JournalError(
                 f"{name} should have state hash {recorded} but its deltas give {found}; nothing "
@@ -120,7 +137,7 @@ class LiveModel:
         except BaseException:
             self._views.pin_live(self._head.composition)
             raise
-        self._head = Head(revision, composition)
+        self._move(Head(revision, composition))
         return revision
 
     def commit(
@@ -136,7 +153,7 @@ class LiveModel:
             self._views.pin_live(composition)
         self._journal.commit_edit(edit, revision=revision, sandboxes=sandboxes)
         if revision is not None:
-            self._head = Head(revision, composition)
+            self._move(Head(revision, composition))
 
     def abandon(self, edit: Edit) -> None:
         """Take a failed commit back. What can't be noted now, start-up finds and discards."""

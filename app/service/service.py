@@ -30,6 +30,7 @@ from app.domain import (
     Revision,
     Sampling,
     Sandbox,
+    StateDiff,
     Undone,
     UndoStrategy,
     WriteTerms,
@@ -39,6 +40,7 @@ from app.domain import (
     utc_now,
 )
 from app.errors import Conflict, InvalidInput, NotFound, PreconditionFailed, ReadOnly
+from app.evaluation.drift_report import DriftLimits, DriftReport
 from app.ports import (
     DeltaStore,
     Editor,
@@ -50,6 +52,8 @@ from app.ports import (
     Views,
 )
 from app.service.compaction import Compaction
+from app.service.diffs import Diffs
+from app.service.drift import Drift
 from app.service.edits import Edits
 from app.service.exports import Exports
 from app.service.guarding import Guarding
@@ -81,6 +85,8 @@ class Service:
         exporter: Exporter,
         max_pending_edits: int = 64,
         default_guard: Guard | None = None,
+        drift_limits: DriftLimits | None = None,
+        watch_drift: bool = False,
     ) -> None:
         self._journal = journal
         self._views = views
@@ -135,6 +141,17 @@ class Service:
             reader=reader,
         )
 
+        self._lane.submit(self._live.check_files)  # before any write, but not before any read
+        self._diffs = Diffs(journal=journal, evaluator=evaluator, names=self._names)
+        self._drift = Drift(
+            journal=journal,
+            evaluator=evaluator,
+            engine=engine,
+            live=self._live,
+            limits=drift_limits,
+            watch=watch_drift,
+        )
+
     # Reads ---------------------------------------------------------------------------------
 
     @property
@@ -154,7 +171,33 @@ class Service:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What was last found of the live model's drift beyond the limits set for it."""
-        return ()
+        return self._drift.warnings
+
+    def drift(self, view: str = "live") -> DriftReport:
+        """How far a revision (or a checkpoint's) has moved from the base: as measured before, or
+        measured now.
+
+        Raises:
+            NotFound. InvalidInput: a sandbox.
+        """
+        number = self._names.resolve_number(
+            view,
+            "view",
+            "Drift is measured of revisions; use diff to compare a sandbox.",
+        )
+        return self._drift.report(number)
+
+    def drift_reports(self) -> tuple[DriftReport, ...]:
+        """What was measured of drift since the start, by revision."""
+        return self._drift.reports()
+
+    def diff(self, before: str, after: str) -> StateDiff:
+        """What lies between two views: facts, distances of matrices, canary prompts.
+
+        Raises:
+            NotFound.
+        """
+        return self._diffs.compare(before, after)
 
     def resolve(self, view: str, *, field: str = "view") -> ResolvedView:
         """The state a view's name stands for now: ``live``, ``base``, ``rN``, a checkpoint's
@@ -445,6 +488,7 @@ class Service:
         if self._closed:
             return
         self._closed = True
+        self._drift.close()
         self._exports.stop()
         self._lane.close()
         self._exports.close()
@@ -454,14 +498,10 @@ class Service:
     def _enqueue(self, work: Callable[[], R], terms: WriteTerms = NO_TERMS) -> Future[R]:
         """Queue a write, to be made only if the head is then where its caller expects it."""
 
-        if self.read_only is not None:
-            raise ReadOnly(
-                f"The server answers from {self.head.id} and changes nothing, because its data is "
-                f"damaged: {self.read_only} Put the files back (or the folder, from a backup) and "
-                "start it again; 'palimpsest verify' tells what is wrong."
-            )
+        self._require_writable()
 
         def run() -> R:
+            self._require_writable()
             head = self.head
             if terms.expected is not None and head.number not in terms.expected:
                 wanted = ", ".join(f"r{number}" for number in terms.expected)
@@ -473,6 +513,14 @@ class Service:
             return work()
 
         return self._lane.submit(run)
+
+    def _require_writable(self) -> None:
+        if self.read_only is not None:
+            raise ReadOnly(
+                f"The server answers from {self.head.id} and changes nothing, because its data is "
+                f"damaged: {self.read_only} Put the files back (or the folder, from a backup) and "
+                "start it again; 'palimpsest verify' tells what is wrong."
+            )
 
     def _restore(self, number: int, cause: Cause) -> Revision:
         target = self._journal.revision(number)

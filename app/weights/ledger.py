@@ -81,9 +81,8 @@ class Ledger:
         key = frozenset(rows)
         if not key:
             return {}
-        if key not in self._sums:
-            self.keep(key, self._solve(rows))
-        self._sums.move_to_end(key)
+        found = self.find(key)
+        self.keep(key, self._solve(rows) if found is None else found)
         return self._sums[key]
 
     def find(self, rows: frozenset[Digest]) -> dict[str, Tensor] | None:
@@ -91,8 +90,9 @@ class Ledger:
         return self._sums.get(rows)
 
     def keep(self, rows: frozenset[Digest], sums: dict[str, Tensor]) -> None:
-        """Take in the sum of a set from where it was stored; it must not be written to."""
+        """Take in the sum of a set, as the one used last; it must not be written to."""
         self._sums[rows] = sums
+        self._sums.move_to_end(rows)
         while len(self._sums) > KEPT_SUMS:
             self._sums.popitem(last=False)
 

@@ -2,10 +2,10 @@
 
 ``<folder>/<part>-<number>-<size>-<key>-<sha256>.safetensors``: ``key`` says what is stored,
 ``number`` counts up in the order of writing, size and hash are those of the file's bytes; so
-listing the folder tells all there is to know. Beside them
-``kinds`` lists which deltas are the ledger's rows. Losing any of it costs time only, so nothing
-here raises: what can't be read counts as absent, what can't be written stays unwritten, each
-with a warning. This module knows bytes only and needs no torch.
+listing the folder tells all there is to know. Beside them ``kinds`` lists which deltas are the
+ledger's rows. Losing any of it costs time only, so nothing here raises: what can't be read counts
+as absent, what can't be written stays unwritten, each with a warning. This module knows bytes
+only and needs no torch.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import re
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 
@@ -40,11 +40,10 @@ class Part(StrEnum):
     LEDGER = "ledger"
 
 
-_PARTS = frozenset(part.value for part in Part)
+_PARTS = {part.value: part for part in Part}
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotFile:
+class SnapshotFile(NamedTuple):
     """One file; ``size`` in bytes."""
 
     part: Part
@@ -71,20 +70,23 @@ class SnapshotFolder:
         self._budget = budget_bytes
         self._lock = threading.Lock()
         names = _list_names(folder)
-        self._files = {(file.part, file.key): file for file in _parse_names(names)}
+        self._files: dict[Part, dict[Digest, SnapshotFile]] = {part: {} for part in Part}
+        for file in _parse_names(names):
+            self._files[file.part][file.key] = file
         for name in names:
             if name.endswith(WRITING):
                 with suppress(OSError):
                     (folder / name).unlink()
 
-    def __contains__(self, key: tuple[Part, Digest]) -> bool:
+    def keys(self, part: Part) -> frozenset[Digest]:
+        """What is stored of a part."""
         with self._lock:
-            return key in self._files
+            return frozenset(self._files[part])
 
     def read(self, part: Part, key: Digest) -> bytes | None:
         """A file's bytes, as they were written."""
         with self._lock:
-            file = self._files.get((part, key))
+            file = self._files[part].get(key)
         if file is None:
             return None
         try:
@@ -100,19 +102,19 @@ class SnapshotFolder:
     def write(self, part: Part, key: Digest, payload: bytes) -> bool:
         """Store ``payload``, then remove what the budget has no room for. Whether it is stored."""
         with self._lock:
-            number = 1 + max((file.number for file in self._files.values()), default=0)
+            number = 1 + max((file.number for file in self._in_order()), default=0)
         file = SnapshotFile(part, number, len(payload), key, _hash(payload))
         if not self._put(file.name, payload):
             return False
         with self._lock:
-            self._files[part, key] = file
+            self._files[part][key] = file
         self._shrink()
         return True
 
     def discard(self, part: Part, key: Digest, reason: str) -> None:
         """Remove a file that can't be used."""
         with self._lock:
-            file = self._files.pop((part, key), None)
+            file = self._files[part].pop(key, None)
         if file is not None:
             log.warning("snapshot removed: costs time only", file=file.name, reason=reason)
             self._unlink(file)
@@ -137,12 +139,15 @@ class SnapshotFolder:
 
     def _shrink(self) -> None:
         with self._lock:
-            files = sorted(self._files.values(), key=lambda file: file.number)
-            dropped = choose_dropped(files, self._budget)
+            dropped = choose_dropped(self._in_order(), self._budget)
             for file in dropped:
-                del self._files[file.part, file.key]
+                del self._files[file.part][file.key]
         for file in dropped:
             self._unlink(file)
+
+    def _in_order(self) -> list[SnapshotFile]:
+        files = [file for part in Part for file in self._files[part].values()]
+        return sorted(files, key=lambda file: file.number)
 
     def _unlink(self, file: SnapshotFile) -> None:
         with suppress(OSError):
@@ -223,7 +228,7 @@ def _parse_names(names: list[str]) -> list[SnapshotFile]:
     for match in filter(None, map(_NAME.fullmatch, names)):
         part, number, size, key, checksum = match.groups()
         if part in _PARTS:
-            found.append(SnapshotFile(Part(part), int(number), int(size), key, checksum))
+            found.append(SnapshotFile(_PARTS[part], int(number), int(size), key, checksum))
     return sorted(found, key=lambda file: file.number)
 
 

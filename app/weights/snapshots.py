@@ -69,11 +69,12 @@ class SnapshotStore:
     ) -> tuple[int, dict[str, Tensor]] | None:
         """The longest stored prefix of ``composition``, which holds changes only, with more than
         ``beyond`` of them: its length and its sums ``(d, d_ff)`` in fp32 on the CPU."""
-        keys = _prefix_keys(composition)
+        keys, stored = _prefix_keys(composition), self._files.keys(Part.CHANGES)
         for length in range(len(keys), beyond, -1):
-            sums = self._read(Part.CHANGES, keys[length - 1])
-            if sums is not None:
-                return length, sums
+            if keys[length - 1] in stored:
+                sums = self._read(Part.CHANGES, keys[length - 1])
+                if sums is not None:
+                    return length, sums
         return None
 
     def ledger(self, rows: Collection[Digest]) -> dict[str, Tensor] | None:
@@ -110,8 +111,7 @@ class SnapshotStore:
     def _serve(self) -> None:
         with self._lock:
             live, self._offered = self._offered, None
-        if live is None:
-            return
+        assert live is not None  # one turn for each that is offered while none is waiting
         began = perf_counter()
         self._store(live, final=False)
         self._closing.wait(self._rest * (perf_counter() - began))
@@ -126,16 +126,17 @@ class SnapshotStore:
 
     def _store_changes(self, live: LiveSums, *, final: bool) -> None:
         if live.changes and live.changes_sums is not None:
-            keys = _prefix_keys(live.changes)
-            stored = (n for n, key in enumerate(keys, 1) if (Part.CHANGES, key) in self._files)
-            behind = len(keys) - max(stored, default=0)
+            keys, stored = _prefix_keys(live.changes), self._files.keys(Part.CHANGES)
+            behind = len(keys) - max(
+                (n for n, key in enumerate(keys, 1) if key in stored), default=0
+            )
             if behind > MAX_REPLAY or (final and behind):
                 self._write(Part.CHANGES, keys[-1], live.changes_sums)
 
     def _store_ledger(self, live: LiveSums) -> None:
         if live.rows and live.ledger_sums is not None:
             key = _set_key(live.rows)
-            if (Part.LEDGER, key) not in self._files:
+            if key not in self._files.keys(Part.LEDGER):
                 self._write(Part.LEDGER, key, live.ledger_sums)
 
     def _store_kinds(self, live: LiveSums, *, final: bool) -> None:

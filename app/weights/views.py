@@ -275,12 +275,13 @@ class ViewCache:
 
     def _sum_rows(self, rows: Composition) -> dict[str, Tensor]:
         chosen = frozenset(rows)
-        if self._snapshots is not None and chosen and self._ledger.find(chosen) is None:
-            stored = self._snapshots.ledger(chosen)
-            if stored is not None:
-                self._ledger.keep(chosen, stored)
         found = self._ledger.find(chosen)
-        return self._ledger.sum(self.rows(rows)) if found is None else found
+        if found is None and self._snapshots is not None:
+            found = self._snapshots.ledger(chosen)
+        if found is None:
+            return self._ledger.sum(self.rows(rows))
+        self._ledger.keep(chosen, found)
+        return found
 
     def _fold(self, composition: Composition) -> dict[str, Tensor]:
         """Sums of a composition's changes, from the longest prefix at hand or stored."""
@@ -318,13 +319,13 @@ class ViewCache:
     def _live_sums(self) -> LiveSums | None:
         """The live state for the snapshots, with what is at hand of its sums. Reads no file and
         takes no lock that is held while a view is built."""
-        composition = self._live.composition
-        if any(digest not in self._kinds for digest in composition):
+        kinds = [(digest, self._kinds.get(digest)) for digest in self._live.composition]
+        if any(is_row is None for _, is_row in kinds):
             return None
-        changes, rows = self._divide(composition)
-        chosen = frozenset(rows)
+        changes = tuple(digest for digest, is_row in kinds if not is_row)
+        rows = frozenset(digest for digest, is_row in kinds if is_row)
         return LiveSums(
-            changes, self._sums.get(changes), chosen, self._ledger.find(chosen), self._kinds
+            changes, self._sums.get(changes), rows, self._ledger.find(rows), self._kinds
         )
 
     def _forget(self, composition: Composition) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from app.domain import Composition, compose
 from app.errors import JournalError
-from app.journal.compositions import Compositions, Link
+from app.journal.compositions import CACHED, Compositions, Link
 
 DIGESTS = st.sampled_from("abcdef")
 DRAWN = st.lists(
@@ -46,6 +46,17 @@ def test_a_revision_is_its_source_without_what_it_removed_and_then_its_deltas(
     random.shuffle(order)  # type: ignore[attr-defined]
     assert [compositions.of(number) for number in order] == [expected[n] for n in order]
     assert compositions.known == len(links)
+
+
+def test_revisions_are_told_again_after_many_others_were() -> None:
+    compositions = Compositions()
+    compositions.extend(
+        [Link(0, None, None, (), ())]
+        + [Link(number, number - 1, None, (), (f"d{number}",)) for number in range(1, 3 * CACHED)]
+    )
+    for _ in range(2):
+        for number in range(3 * CACHED):
+            assert compositions.of(number) == tuple(f"d{n}" for n in range(1, number + 1))
 
 
 @pytest.mark.parametrize(

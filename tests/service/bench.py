@@ -11,6 +11,7 @@ import torch
 from app.domain import EditCommand, EditStatus, Fact, Guard
 from app.editing.editor import Editor
 from app.engine.engine import Engine
+from app.evaluation.drift_report import DriftLimits
 from app.evaluation.evaluator import Evaluator
 from app.journal.journal import Journal
 from app.journal.store import DeltaStore
@@ -45,6 +46,8 @@ class Bench:
         self._tiny, self._folder, self._model, self._dtype = tiny, folder, model, dtype
         self._statistics = statistics or folder
         self.default_guard = Guard()
+        self.watch_drift = False
+        self.drift_limits: DriftLimits | None = None
         self.open()
 
     def open(self) -> None:
@@ -68,6 +71,8 @@ class Bench:
             evaluator=Evaluator(self.views),
             exporter=self.exporter,
             default_guard=self.default_guard,
+            watch_drift=self.watch_drift,
+            drift_limits=self.drift_limits,
         )
 
     def restart(self) -> None:

@@ -35,7 +35,7 @@ from app.errors import (
     NotFound,
     PreconditionFailed,
 )
-from app.weights.delta import Delta, Dense, LowRank, SubjectRow
+from app.weights.delta import Change, Delta, Dense, LowRank, SubjectRow
 from app.weights.exports.manifest import Manifest
 from tests.weights.exports.conftest import logits
 
@@ -353,11 +353,11 @@ def test_facts_that_are_none_are_refused(
 def test_a_change_beyond_the_norm_bound_is_refused(bench: Bench, change: str) -> None:
     name = bench.views.loaded.anatomy.matrix_name(1)
     d, d_ff = bench.views.loaded.anatomy.shape(bench.views.loaded.model, 1)
-    made = {
+    made: dict[str, Change] = {
         "low-rank": LowRank(torch.full((d, 1), 1e3), torch.ones(d_ff, 1)),
         "dense": Dense(torch.full((d, d_ff), 1e3)),
-    }[change]
-    refuse(bench, forge_deltas(bench, Delta({name: made})), EditRejected, "norm")
+    }
+    refuse(bench, forge_deltas(bench, Delta({name: made[change]})), EditRejected, "norm")
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,8 @@ def test_a_guard_on_facts_that_an_import_lacks_is_a_mistake(
 ) -> None:
     bench.edit()
     source = upload(other, export(bench, ADAPTER))
-    refuse(other, source, InvalidInput, name, guard=Guard(**{name: 0.5}))
+    asked: dict[str, Any] = {name: 0.5}
+    refuse(other, source, InvalidInput, name, guard=Guard(**asked))
 
 
 def test_a_cancelled_import_changes_nothing(bench: Bench, other: Bench) -> None:

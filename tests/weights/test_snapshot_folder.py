@@ -49,8 +49,7 @@ def test_what_was_written_is_read_back_after_a_restart_under_its_part_and_key(
         assert files.read(Part.CHANGES, KEY) == b"changes"
         assert files.read(Part.LEDGER, KEY) == b"ledger"
         assert files.read(Part.LEDGER, OTHER) is None
-        assert (Part.CHANGES, KEY) in files
-        assert (Part.CHANGES, OTHER) not in files
+        assert files.keys(Part.CHANGES) == {KEY}
 
 
 def test_looking_makes_no_folder(folder: Path) -> None:
@@ -72,7 +71,7 @@ def test_a_damaged_file_is_absent_and_gone_with_a_warning(folder: Path, damaged:
         assert files.read(Part.CHANGES, KEY) is None
     assert [entry["log_level"] for entry in logs] == ["warning"]
     assert not path.exists()
-    assert (Part.CHANGES, KEY) not in files
+    assert files.keys(Part.CHANGES) == frozenset()
     assert files.write(Part.CHANGES, KEY, b"payload")
     assert files.read(Part.CHANGES, KEY) == b"payload"
 
@@ -83,6 +82,15 @@ def test_a_file_removed_meanwhile_is_absent(folder: Path) -> None:
     (path,) = folder.iterdir()
     path.unlink()
     assert files.read(Part.CHANGES, KEY) is None
+
+
+def test_folders_in_the_way_are_told_and_passed_over(folder: Path) -> None:
+    name = SnapshotFile(Part.CHANGES, 1, 7, KEY, KEY).name
+    (folder / name).mkdir(parents=True)
+    assert find_damage(folder)[folder / name] == "can't be read: Is a directory"
+    with capture_logs() as logs:
+        assert open_folder(folder).read(Part.CHANGES, KEY) is None
+    assert len(logs) == 1
 
 
 @pytest.mark.parametrize("call", ["fsync", "mkdir"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from structlog.testing import capture_logs
 from app.domain import Composition, Digest
 from app.weights.delta import Delta, Dense, LowRank
 from app.weights.loading import LoadedModel
-from app.weights.snapshot_folder import SnapshotFolder
+from app.weights.snapshot_folder import Part, SnapshotFolder
 from app.weights.snapshots import MAX_REPLAY, SnapshotStore
 from app.weights.views import ViewCache
 from tests.tiny import MemoryDeltas, TinyModels
@@ -237,8 +238,8 @@ def test_a_whole_file_that_is_no_safetensors_is_passed_over(server: Server) -> N
     commit_many(server, "low", 3)
     server.close()
     files = SnapshotFolder(server.folder, budget_bytes=1 << 30)
-    part, key = next(iter(files._files))
-    files.write(part, key, b"not safetensors")
+    (key,) = files.keys(Part.CHANGES)
+    files.write(Part.CHANGES, key, b"not safetensors")
     with capture_logs() as logs:
         assert server.start().state_hash(server.live) == plain_hash(server, server.live)
     assert "safetensors" in logs[0]["reason"]
@@ -252,9 +253,9 @@ def test_a_false_snapshot_shows_in_the_hash_and_making_the_view_anew_finds_the_t
     commit_many(server, "row", 3)
     server.close()
     truth, files = plain_hash(server, server.live), SnapshotFolder(server.folder, budget_bytes=1)
-    for part, key in list(files._files):
-        other = Delta({}).to_bytes()  # safetensors with nothing in it
-        files.write(part, key, other)
+    for part in Part:
+        for key in files.keys(part):
+            files.write(part, key, Delta({}).to_bytes())  # safetensors with nothing in it
     views = server.start()
     assert views.state_hash(server.live) != truth
     assert views.remake(server.live) == truth
@@ -322,6 +323,28 @@ def test_writing_holds_up_neither_commits_nor_reads_and_the_last_state_counts(
     server.start()
     assert set(server.read) == set(states[-1])  # for their kinds
     assert len(server.read) == len(states[-1])  # and not again for a solve
+
+
+def test_threads_that_read_old_states_while_others_commit_see_their_bytes(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.weights.snapshots.MAX_REPLAY", 2)
+    kinds = ["low", "row", "dense"]
+    digests = [
+        add_delta(server.deltas, server.loaded, number, kinds[number % 3]) for number in range(12)
+    ]
+    states = [tuple(digests[:length]) for length in range(1, 13)]
+    expected = [plain_hash(server, state) for state in states]
+
+    def read(turn: int) -> list[Digest]:
+        if turn % 4 == 3:
+            server.views.pin_live(states[turn % 12])
+        return [server.views.state_hash(states[(turn + 5 * n) % 12]) for n in range(12)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(read, range(12)))
+    for turn, hashes in enumerate(found):
+        assert hashes == [expected[(turn + 5 * n) % 12] for n in range(12)]
 
 
 def test_closing_twice_and_committing_after_that_do_nothing(server: Server) -> None:

@@ -22,6 +22,7 @@ from app.weights.exports.manifest import SOURCE, Kind, Manifest
 MAX_BYTES = 4 << 30  # of an import, which is held in memory
 MAX_MANIFEST_BYTES = 64 << 20
 _UNFINISHED = ".tmp"
+_LONGEST_NAME = 200
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -37,14 +38,14 @@ def draft_folder(target: Path) -> Iterator[Path]:
         raise Conflict(
             f"{target.name} is there already, and exports never change. Use it, or delete it first."
         )
-    draft = target.with_name(f".{target.name}-{secrets.token_hex(4)}{_UNFINISHED}")
+    draft = unfinished_beside(target)
     try:
         draft.mkdir(parents=True)
         yield draft
         for path in (*draft.rglob("*"), draft):
-            _sync(path)
+            sync_path(path)
         draft.rename(target)
-        _sync(target.parent)
+        sync_path(target.parent)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else None
         raise Conflict(
@@ -55,12 +56,25 @@ def draft_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def discard_unfinished(exports: Path) -> list[str]:
-    """Remove what a killed process left half written in a folder of exports; its names."""
-    unfinished = sorted(exports.glob(f".*{_UNFINISHED}"))
+def unfinished_beside(target: Path) -> Path:
+    """A name beside ``target`` for what is not there yet, or no more."""
+    return target.with_name(f".{target.name}-{secrets.token_hex(4)}{_UNFINISHED}")
+
+
+def discard_unfinished(folder: Path) -> list[str]:
+    """Remove what a killed process left half written, or half deleted, in a folder; its names."""
+    unfinished = sorted(folder.glob(f".*{_UNFINISHED}"))
     for path in unfinished:
-        shutil.rmtree(path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     return [path.name for path in unfinished]
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name stands for one file or folder, wherever it is put."""
+    return _PLAIN_NAME.fullmatch(name) is not None and len(name) <= _LONGEST_NAME
 
 
 def seal(draft: Path, manifest: Manifest, progress: Progress) -> Manifest:
@@ -89,7 +103,7 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
     if manifest.kind is not kind:
         raise InvalidInput(f"{name} is of a {manifest.kind}; wanted: {kind}.", field=SOURCE)
     for found in manifest.files:
-        if _PLAIN_NAME.fullmatch(found) is None:
+        if not is_plain_name(found):
             raise InvalidInput(f"{name} names {found!r}, which is no plain file.", field=SOURCE)
     return manifest
 
@@ -146,7 +160,7 @@ def read_file(path: Path, max_bytes: int) -> bytes:
         os.close(descriptor)
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,30 +11,18 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any
+from typing import Any, TypeAlias
 
-from app.domain import BaseIdentity, Digest
+from app.domain import BaseIdentity, Digest, ExportKind
 from app.errors import InvalidInput
+
+Kind: TypeAlias = ExportKind
 
 FORMAT, VERSION = "palimpsest-export", 1
 SOURCE = "source"  # the input that names a folder to import
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _LONGEST = 80  # characters of a base model's name in an export's
-
-
-class Kind(StrEnum):
-    """The forms a state is written in."""
-
-    ADAPTER = "adapter"
-    MODEL = "model"
-    BUNDLE = "bundle"
-
-    @property
-    def manifest(self) -> str:
-        """The manifest's file name: a sidecar among files that other programs name."""
-        return "manifest.json" if self is Kind.BUNDLE else "palimpsest.json"
 
 
 @dataclass(frozen=True, slots=True)

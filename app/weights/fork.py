@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from types import FunctionType, NoneType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_ATOMS = (NoneType, bool, int, float, str, type, FunctionType, torch.dtype, torch.device)
+M = TypeVar("M", bound=nn.Module)
+
+_ATOMS = {NoneType, bool, int, float, str, type, FunctionType, torch.dtype, torch.device}
 _TABLES = ("_parameters", "_buffers")
 
 
@@ -32,17 +34,45 @@ def fork(model: PreTrainedModel) -> PreTrainedModel:
     for module in modules:
         copies[id(module)] = object.__new__(type(module))
     for module in modules:
-        made = copies[id(module)]
+        table = copies[id(module)].__dict__
+        table.update(module.__dict__)
         for name, value in module.__dict__.items():
-            made.__dict__[name] = _copied(name, value, copies)
+            if type(value) not in _ATOMS:
+                table[name] = _copied(name, value, copies)
     forked: PreTrainedModel = copies[id(model)]
     return forked
 
 
+def graft_branch(model: PreTrainedModel, matrices: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model with other tensors for the named parameters that shares every module with
+    ``model`` but those on the way to them. Cheaper than a fork, for forward passes only: a hook
+    on a shared module would fire in both."""
+    branched = _copy_shallowly(model)
+    own = {id(branched)}
+    for name in matrices:
+        at: nn.Module = branched
+        for part in name.split(".")[:-1]:
+            child = at._modules[part]
+            assert child is not None
+            if id(child) not in own:
+                child = _copy_shallowly(child)
+                own.add(id(child))
+                at._modules[part] = child
+            at = child
+    graft(branched, matrices)
+    return branched
+
+
+def _copy_shallowly(module: M) -> M:
+    """The same module with tables of its own."""
+    made = object.__new__(type(module))
+    for name, value in module.__dict__.items():
+        made.__dict__[name] = type(value)(value) if isinstance(value, dict) else value
+    return made
+
+
 def _copied(name: str, value: Any, copies: dict[int, Any]) -> Any:
     """An attribute of a module as its copy holds it; ``copies`` by the original's id."""
-    if isinstance(value, _ATOMS):
-        return value
     if name in _TABLES:
         return type(value)(value)
     if name == "_modules":

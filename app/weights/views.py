@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from app.domain import BaseIdentity, Composition, Digest
 from app.weights.delta import Delta, SubjectRow
 from app.weights.digest import combined_digest
 from app.weights.fold import accumulate, materialise
-from app.weights.fork import fork, graft
+from app.weights.fork import fork, graft_branch
 from app.weights.ledger import Ledger
 from app.weights.loading import LoadedModel
 from app.weights.snapshots import LiveSums, SnapshotStore
@@ -52,7 +53,7 @@ class Sums:
         return tuple(sorted({*self.changes, *self.ledger}))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class View:
     """One state. ``model`` must only run forward passes without hooks; take
     ``ViewCache.private`` to hook or change modules. ``matrices`` holds the edited ones."""
@@ -60,7 +61,12 @@ class View:
     composition: Composition
     model: PreTrainedModel
     matrices: Mapping[str, Tensor]
-    state_hash: Digest
+    base: Digest
+
+    @cached_property
+    def state_hash(self) -> Digest:
+        """sha256 over the edited matrices' bytes; the base's own digest for the base."""
+        return combined_digest(self.base, self.matrices) if self.composition else self.base
 
     @property
     def nbytes(self) -> int:
@@ -232,10 +238,8 @@ class ViewCache:
                 base = self.loaded.model.get_parameter(name)
                 stored = materialise(anatomy.orient(base), sums.total(name))
                 matrices[name] = anatomy.orient(stored).contiguous()
-        model = fork(self.loaded.model)
-        graft(model, matrices)
-        state = combined_digest(self.base.digest, matrices)
-        return View(composition, model, matrices, state)
+        model = graft_branch(self.loaded.model, matrices)
+        return View(composition, model, matrices, self.base.digest)
 
     def _sum(self, composition: Composition) -> Sums:
         changes, rows = self._divide(composition)

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
-from app.weights.fork import fork, graft
+from app.weights.fork import fork, graft, graft_branch
 from app.weights.tracing import changing_output
-from tests.tiny import TinyModels
+from tests.tiny import CONFIGS, TinyModels
 
 PROMPT = torch.tensor([[1, 50, 60, 70]])
 
@@ -30,6 +31,27 @@ def test_grafting_a_fork_changes_nothing_in_the_original(tiny: TinyModels) -> No
     graft(copy, {name: torch.zeros_like(loaded.model.get_parameter(name))})
     assert not torch.equal(copy(PROMPT).logits, before)
     assert torch.equal(loaded.model(PROMPT).logits, before)
+
+
+@pytest.mark.parametrize("model_type", sorted(CONFIGS))
+def test_a_branch_is_a_fork_that_shares_what_it_does_not_change(
+    tiny: TinyModels, model_type: str
+) -> None:
+    loaded = tiny.load(model_type)
+    before = loaded.model(PROMPT).logits
+    name = loaded.anatomy.matrix_name(1)
+    matrices = {name: loaded.model.get_parameter(name) * 2}
+    branch, whole = graft_branch(loaded.model, matrices), fork(loaded.model)
+    graft(whole, matrices)
+    assert torch.equal(branch(PROMPT).logits, whole(PROMPT).logits)
+    assert not torch.equal(branch(PROMPT).logits, before)
+    assert torch.equal(loaded.model(PROMPT).logits, before)
+    assert branch.get_parameter(name) is not loaded.model.get_parameter(name)
+    own = [n for n, module in branch.named_modules() if module is not loaded.model.get_submodule(n)]
+    path = name.split(".")
+    assert own == [".".join(path[:depth]) for depth in range(len(path))]
+    names = dict(loaded.model.named_parameters())
+    assert list(names) == [n for n, _ in branch.named_parameters()]
 
 
 def test_a_hook_on_a_fork_does_not_fire_in_the_original(tiny: TinyModels) -> None:

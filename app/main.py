@@ -69,7 +69,6 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        app.state.jobs.close()
         service.close()
 
     app = FastAPI(

@@ -50,8 +50,8 @@ class Compaction:
         self, method: str | None, hparams: Mapping[str, Any], force: bool, terms: WriteTerms
     ) -> Edit:
         """Make one edit of all live facts, by default with the method they share. Unless forced,
-        it only goes live if efficacy and locality don't fall. Changes that tell no facts
-        (imported adapters) stay below it as they are.
+        it only goes live if efficacy and locality don't fall. Imported edits can't be solved
+        again, and stay below it as they are.
 
         Raises:
             Conflict: there are no live facts, or they are one solve already. GuardFailed.
@@ -59,12 +59,14 @@ class Compaction:
         watch = Stopwatch()
         lineage = self._live.live_edits()
         live = self._reader.read(lineage)
-        replaced = tuple(one.edit for one, edit in zip(lineage, live, strict=True) if edit.facts)
-        facts = gather_facts(live)
+        replaced = tuple(
+            one.edit for one, edit in zip(lineage, live, strict=True) if can_be_solved(edit)
+        )
+        facts = gather_facts([edit for edit in live if can_be_solved(edit)])
         if not facts:
             raise Conflict("No live edit tells a fact, so there is nothing to compact.")
         plan = self._editor.plan(method or shared_method(live), hparams)
-        head, start = self._live.head.composition, unexplained(live)
+        head, start = self._live.head.composition, keep_imported(live)
         with staging(self._store) as area:
             proposals = self._editor.propose(
                 plan,
@@ -112,13 +114,18 @@ def gather_facts(live: Sequence[LiveEdit]) -> list[Fact]:
 
 def shared_method(live: Sequence[LiveEdit]) -> str | None:
     """The method of all edits that tell facts, if it is one."""
-    methods = {edit.plan.method for edit in live if edit.facts and edit.plan.method != IMPORTED}
+    methods = {edit.plan.method for edit in live if can_be_solved(edit)}
     return methods.pop() if len(methods) == 1 else None
 
 
-def unexplained(live: Sequence[LiveEdit]) -> Composition:
-    """The deltas of edits that tell no facts and so can't be solved again."""
-    return tuple(digest for edit in live if not edit.facts for digest in edit.deltas)
+def can_be_solved(edit: LiveEdit) -> bool:
+    """Whether all that an edit holds comes from its facts, by a method of ours."""
+    return edit.plan.method != IMPORTED
+
+
+def keep_imported(live: Sequence[LiveEdit]) -> Composition:
+    """The deltas of edits that can't be solved again."""
+    return tuple(digest for edit in live if not can_be_solved(edit) for digest in edit.deltas)
 
 
 def _compare(

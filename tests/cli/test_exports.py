@@ -267,5 +267,8 @@ def test_the_documentations_session_answers_as_documented(
                 assert_shows(done.stdout, step.expected)
             if block.startswith("```python"):
                 exec(block.strip("`").removeprefix("python"), {"base": str(MODEL_FOLDER)})
+        with Client(server.url) as client:
+            exported, imported = client.revision("r1"), client.revision("r3")
+        assert exported.state_hash == imported.state_hash
     finally:
         server.stop()

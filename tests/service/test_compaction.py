@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from app.domain import Cause, Edit, EditStatus
+from app.domain import Cause, Edit, EditStatus, ExportKind, ExportOrder, ImportTarget
 from app.errors import Conflict, GuardFailed, UnknownMethod
 
-from .bench import AGAIN, FACT, LEDGER, MORE, OTHER, TAUGHT, Bench, equal
+from .bench import AGAIN, FACT, LEDGER, MORE, OTHER, TAUGHT, Bench, MakeBench, equal
 
 MEMIT: dict[str, Any] = {"method": "memit", "hparams": {"steps": 3, "layers": [1]}}
 
@@ -74,3 +76,21 @@ def test_a_compaction_that_would_lose_facts_is_refused_and_recorded(bench: Bench
     assert (refused.status, refused.deltas) == (EditStatus.REFUSED, ())
     assert [check.passed for check in refused.checks] == [False]
     assert compact(bench, force=True).revision == 2
+
+
+def test_an_imported_change_stays_beneath_what_is_compacted(
+    make_bench: MakeBench, tmp_path: Path
+) -> None:
+    """Not all of it may be in its facts."""
+    bench, other = make_bench(), make_bench(folder="other")
+    other.edit(FACT, **TAUGHT)
+    made = other.service.export(ExportOrder(kind=ExportKind.BUNDLE)).result(60)
+    folder = other._folder / "exports" / made.name
+    shutil.copytree(folder, bench._folder / "imports" / made.name)
+    imported = bench.service.import_state(made.name, ImportTarget.LIVE).result(60)
+    bench.edit(OTHER)
+    compacted = compact(bench)
+    assert [outcome.fact for outcome in compacted.outcomes] == [OTHER]
+    live = bench.journal.live_edits(3)
+    assert [one.edit for one in live] == [imported.id, compacted.id]
+    assert bench.service.resolve("live").composition == (*imported.deltas, *compacted.deltas)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -36,6 +37,7 @@ from app.errors import (
     PreconditionFailed,
 )
 from app.weights.delta import Change, Delta, Dense, LowRank, SubjectRow
+from app.weights.exports.adapter import CONFIG_FILE
 from app.weights.exports.manifest import Manifest
 from tests.weights.exports.conftest import logits
 
@@ -458,6 +460,17 @@ def test_a_request_repeated_is_one_import(bench: Bench, other: Bench) -> None:
 @pytest.mark.parametrize("source", ["nowhere", "..", ".", "", "../imports", "/etc"])
 def test_nothing_is_read_from_elsewhere(bench: Bench, source: str) -> None:
     refuse(bench, source, NotFound, "no export")
+
+
+def test_what_a_refusal_quotes_can_be_sent(bench: Bench, other: Bench) -> None:
+    """Words of an import with half a character in them, which no JSON answer may hold."""
+    bench.edit()
+    folder = export(bench, ADAPTER)
+    upload(other, folder, without=(ADAPTER.manifest,))
+    config = json.loads((folder / CONFIG_FILE).read_bytes())
+    send(other, CONFIG_FILE, json.dumps({**config, "\ud800": 1}).encode())
+    error = refuse(other, UPLOAD, InvalidInput, "only plain LoRA can")
+    assert str(error).encode()
 
 
 def test_a_model_folder_is_no_import(bench: Bench) -> None:

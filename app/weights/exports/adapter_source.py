@@ -117,7 +117,7 @@ def _read_scaling(config: Mapping[str, Any]) -> _Scaling:
     for name in sorted(config.keys() - _WITHOUT_BEARING - _SCALING):
         if not _is_plain(name, config[name]):
             raise InvalidInput(
-                f"The adapter uses {name} = {config[name]!r}, which can't be read; only plain "
+                f"The adapter uses {name!r} = {config[name]!r}, which can't be read; only plain "
                 "LoRA can.",
                 field=SOURCE,
             )

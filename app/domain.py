@@ -573,9 +573,10 @@ class StateDiff:
 
 @dataclass(frozen=True, slots=True)
 class MatrixDrift:
-    """How far one matrix has moved from the base: ``relative_norm`` ‖W−W₀‖/‖W₀‖ (Frobenius),
-    ``effective_rank`` of W−W₀ (exponential of the entropy of its squared singular values), and
-    ``overlap``, the share of its energy in W₀'s leading singular directions (0 to 1)."""
+    """How far one matrix has moved from the base: ``relative_norm`` ‖W−W₀‖/‖W₀‖ (Frobenius), and
+    of the change before it was rounded to the model's dtype the ``effective_rank`` (exponential
+    of the entropy of its squared singular values; 0 is no change) and the ``overlap``, the share
+    of its energy in W₀'s leading min(64, d/4) singular directions (0 to 1)."""
 
     name: str
     relative_norm: float

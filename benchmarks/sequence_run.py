@@ -16,7 +16,8 @@ from time import perf_counter, process_time
 from app.domain import Assessment, Composition, EditPlan, Fact
 from app.editing.editor import Editor
 from app.errors import EditRejected
-from app.evaluation.drift import Canary, relative_norms
+from app.evaluation.canary import Canary
+from app.evaluation.drift import relative_norms
 from app.evaluation.evaluator import Evaluator
 from app.evaluation.fluency import fluencies
 from app.evaluation.locality import keep_apart

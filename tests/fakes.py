@@ -258,9 +258,10 @@ class FakeEditor:
     ) -> float | None:
         return 0.25
 
-    def vet(self, digests: Sequence[Digest]) -> None:
+    def vet(self, digests: Sequence[Digest]) -> bool:
         if self.failure is not None:
             raise self.failure
+        return False
 
 
 class FakeExporter(Shelf):

@@ -258,9 +258,9 @@ class Editor:
                 worst = ratio if worst is None else max(worst, ratio)
         return worst
 
-    def vet(self, digests: Sequence[Digest]) -> None:
+    def vet(self, digests: Sequence[Digest]) -> bool:
         """Refuse deltas from elsewhere, staged or stored, that edits of this model could not have
-        made together.
+        made together. Otherwise: whether all of them are rows, which are no more than their facts.
 
         Raises:
             EditRejected: one isn't finite, or larger than the norm bound.
@@ -277,6 +277,7 @@ class Editor:
             if delta.row.subject in subjects:
                 raise InvalidInput(f"Two rows tell of {delta.row.subject!r}; a state has one.")
             subjects.add(delta.row.subject)
+        return len(subjects) == len(digests)
 
     def _accept(self, method: Method[Any], part: Part) -> Proposal:
         solution = part.solution

@@ -50,8 +50,8 @@ class Compaction:
         self, method: str | None, hparams: Mapping[str, Any], force: bool, terms: WriteTerms
     ) -> Edit:
         """Make one edit of all live facts, by default with the method they share. Unless forced,
-        it only goes live if efficacy and locality don't fall. Imported edits can't be solved
-        again, and stay below it as they are.
+        it only goes live if efficacy and locality don't fall. Imported changes can't be
+        solved again, and stay below it as they are.
 
         Raises:
             Conflict: there are no live facts, or they are one solve already. GuardFailed.
@@ -114,13 +114,15 @@ def gather_facts(live: Sequence[LiveEdit]) -> list[Fact]:
 
 def shared_method(live: Sequence[LiveEdit]) -> str | None:
     """The method of all edits that tell facts, if it is one."""
-    methods = {edit.plan.method for edit in live if can_be_solved(edit)}
+    methods = {edit.plan.method for edit in live if edit.plan.method != IMPORTED}
     return methods.pop() if len(methods) == 1 else None
 
 
 def can_be_solved(edit: LiveEdit) -> bool:
-    """Whether all that an edit holds comes from its facts, by a method of ours."""
-    return edit.plan.method != IMPORTED
+    """Whether all that an edit holds comes from its facts."""
+    if edit.plan.method == IMPORTED:
+        return bool(edit.plan.hparams.get("only_facts"))
+    return True
 
 
 def keep_imported(live: Sequence[LiveEdit]) -> Composition:

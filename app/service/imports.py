@@ -77,19 +77,12 @@ class Imports:
         with watch.timing("read_s"):
             imported = self._exporter.read(source, terms.progress)
         guard = self._complete(guard, imported)
-        plan = EditPlan(
-            IMPORTED,
-            {
-                "source": source,
-                "kind": imported.kind.value,
-                "base_checked": imported.base_checked,
-            },
-        )
         with staging(self._store) as area:
             deltas = area.add(Proposal(payload, (), ()) for payload in imported.payloads)
             terms.progress("checking deltas", 0, 1)
             with watch.timing("check_s"):
-                self._check(imported, deltas)
+                only_facts = self._check(imported, deltas)
+            plan = describe_import(source, imported, only_facts=only_facts)
             start, target = self._place(into, plan, imported, deltas, area)
             terms.progress("measuring", 0, len(imported.facts))
             with watch.timing("evaluate_s"):
@@ -114,14 +107,15 @@ class Imports:
                 )
         return self._guarding.complete(guard, imported.facts)
 
-    def _check(self, imported: Imported, deltas: Composition) -> None:
+    def _check(self, imported: Imported, deltas: Composition) -> bool:
+        """Whether the facts are all that is brought."""
         try:
             self._editor.check(imported.facts)
-            self._editor.vet(deltas)
+            only_facts = self._editor.vet(deltas)
         except InvalidInput as error:
             raise InvalidInput(f"This can't be imported. {error.detail}", field=SOURCE) from error
         if imported.state_hash is None:
-            return
+            return only_facts
         found = self._views.state_hash(deltas)
         if found != imported.state_hash:
             raise InvalidInput(
@@ -129,6 +123,7 @@ class Imports:
                 "They are not those of the state that was exported.",
                 field=SOURCE,
             )
+        return only_facts
 
     def _place(
         self,
@@ -199,3 +194,17 @@ class Imports:
             return  # it was an export
         except PalimpsestError as error:
             log.warning("an imported upload was not removed", detail=error.detail)
+
+
+def describe_import(source: str, imported: Imported, *, only_facts: bool) -> EditPlan:
+    """How an import is on record; ``only_facts``: its facts are all it holds, so they can be
+    solved again."""
+    return EditPlan(
+        IMPORTED,
+        {
+            "source": source,
+            "kind": imported.kind.value,
+            "base_checked": imported.base_checked,
+            "only_facts": only_facts,
+        },
+    )

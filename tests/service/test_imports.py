@@ -151,7 +151,12 @@ def test_an_import_is_an_edit_on_record(bench: Bench, other: Bench) -> None:
     bench.edit(rich, **TAUGHT)
     made = take(other, upload(other, export(bench)), LIVE)
     assert (made.method, made.status, made.revision) == ("import", EditStatus.COMMITTED, 1)
-    assert made.hparams == {"source": "upload", "kind": "bundle", "base_checked": True}
+    assert made.hparams == {
+        "source": "upload",
+        "kind": "bundle",
+        "base_checked": True,
+        "only_facts": False,
+    }
     assert [outcome.fact for outcome in made.outcomes] == [rich]
     assert made.outcomes[0].success
     assert made.metrics["efficacy"] == 1

@@ -392,6 +392,15 @@ def test_a_sandbox_replaces_its_roots_row_and_its_own(bench: Bench) -> None:
     assert bench.journal.verify() == []
 
 
+def test_a_row_that_is_told_again_moves_to_the_end_of_its_sandbox(bench: Bench) -> None:
+    sandbox = bench.service.create_sandbox().result(30).id
+    first = bench.edit(FACT, sandbox=sandbox, **LEDGER)
+    second = bench.edit(OTHER, sandbox=sandbox)
+    bench.edit(FACT, sandbox=sandbox, **LEDGER)
+    assert bench.service.sandbox(sandbox).deltas == (*second.deltas, *first.deltas)
+    assert bench.journal.verify() == []
+
+
 def test_a_promoted_sandboxs_facts_join_those_of_the_live_state(bench: Bench) -> None:
     together = bench.edit(FACT, MORE, **LEDGER)
     bench.service.reset().result(30)

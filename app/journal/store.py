@@ -92,7 +92,7 @@ class DeltaStore:
                 _sync_folder(path.parent)
         except OSError as error:
             raise JournalError(
-                f"Delta {digest} ({len(payload)} bytes) can't be stored in {self._folder}: "
+                f"Delta {digest} ({len(payload)} bytes) can't be stored in {self._folder.name}: "
                 f"{error.strerror or error}. Free some space or check the folder's permissions."
             ) from error
 
@@ -140,20 +140,22 @@ class DeltaStore:
         if _DIGEST.fullmatch(digest) is None:
             raise JournalError(f"{digest!r} is not a delta's digest (64 hexadecimal digits).")
         path = self._path(digest)
+        # Problems travel to callers, who need not know where on the server its data is.
+        shown = path.relative_to(self._folder.parent)
         try:
             payload = path.read_bytes()
         except FileNotFoundError:
             raise JournalError(
-                f"Delta {digest} is missing: there is no file {path}. Restore it from a backup."
+                f"Delta {digest} is missing: there is no file {shown}. Restore it from a backup."
             ) from None
         except OSError as error:
             raise JournalError(
-                f"Delta {digest} can't be read from {path}: {error.strerror or error}."
+                f"Delta {digest} can't be read from {shown}: {error.strerror or error}."
             ) from error
         found = _hash(payload)
         if found != digest:
             raise JournalError(
-                f"Delta {digest} is damaged: the file {path} hashes to {found}. "
+                f"Delta {digest} is damaged: the file {shown} hashes to {found}. "
                 "Restore it from a backup."
             )
         return payload

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from app.domain import Composition, DriftFigures, MatrixDrift, Progress, no_progress
-from app.evaluation.canary import Canary
-from app.evaluation.canary import draw_canaries
+from app.evaluation.canary import Canary, draw_canaries
 from app.evaluation.once import Once
 from app.evaluation.perplexity import FixedText, perplexity, read_text, sample_text
 from app.evaluation.spectrum import Directions, effective_rank, leading_directions, overlap

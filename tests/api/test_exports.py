@@ -195,7 +195,12 @@ def test_an_exported_state_is_imported_elsewhere(
     brought = answer.json()
     assert brought["state_hash"] == made["state_hash"]
     assert brought["method"] == "import"
-    assert brought["hparams"] == {"source": "up", "kind": "bundle", "base_checked": True}
+    assert brought["hparams"] == {
+        "source": "up",
+        "kind": "bundle",
+        "base_checked": True,
+        "only_facts": False,
+    }
     assert [told["target"] for told in brought["facts"]] == ["Rome"]
     live = into == "live"
     assert answer.headers["Palimpsest-Revision"] == ("r1" if live else "r0")

@@ -157,13 +157,18 @@ class Journal:
         return self._lineages.of(number)
 
     def joined(self, edit_id: str) -> int:
-        """The first revision that held an edit which some revision held.
+        """The first revision that held an edit.
 
         Raises:
-            KeyError: no revision did.
+            NotFound: none did.
         """
-        self.live_edits(self.head().number)
-        return self._lineages.joined(edit_id)
+        found = self._lineages.joined(edit_id)
+        if found is None:  # or not read yet
+            self.live_edits(self.head().number)
+            found = self._lineages.joined(edit_id)
+        if found is None:
+            raise NotFound(f"Edit {edit_id} was never part of the live model.")
+        return found
 
     def undone_by(self, edit_id: str) -> Revision | None:
         """The newest revision that took an edit out by undoing it."""

@@ -44,9 +44,9 @@ class Lineages:
                 withdrawn = frozenset(revision.withdrawn)
                 self._links.append((-1 if source is None else source, withdrawn, joined))
 
-    def joined(self, edit: str) -> int:
-        """The first known revision that an edit joined."""
-        return self._joined[edit]
+    def joined(self, edit: str) -> int | None:
+        """The first known revision that an edit joined, if one did."""
+        return self._joined.get(edit)
 
     def of(self, number: int) -> Lineage:
         """The live edits of a known revision, in the order in which they joined."""

@@ -382,8 +382,8 @@ class Succession:
 @dataclass(frozen=True, slots=True)
 class Transition:
     """From a state to one of other live edits: ``removed`` leave, ``added`` (stored already) and
-    then ``rows`` (new) come in. ``dependants`` is how many later edits, by index in the new
-    list, were computed on something else than what now comes before them."""
+    then ``rows`` (new) come in. ``dependants`` are the later edits, by index in the new
+    list, that were computed on something else than what now comes before them."""
 
     removed: tuple[Digest, ...]
     added: tuple[Digest, ...]

@@ -430,7 +430,9 @@ def cancellation(*, requested: bool) -> PalimpsestError:
     if requested:
         return Cancelled("The job was cancelled before it was done; nothing changed.")
     return ShuttingDown(
-        "The server is shutting down; this was not begun and changed nothing.", retry_after=5
+        "This was given up before it began, and changed nothing: the server is shutting down, or "
+        "another caller cancelled the same request.",
+        retry_after=5,
     )
 
 

@@ -29,7 +29,7 @@ Strategy = Annotated[
     Query(
         description="What becomes of later edits that were computed with this one in place: "
         "`replay` keeps their changes as they are, `resolve` computes them again in order. Facts "
-        "of `ledger` depend on no other edit, so their undo is exact either way."
+        "of `ledger` depend on no other edit."
     ),
 ]
 

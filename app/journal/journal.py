@@ -64,6 +64,7 @@ LINK_COLUMNS = (
     RevisionRow.removed,
     RevisionRow.deltas,
 )
+ANSWERED = [EditStatus.COMMITTED.value, EditStatus.MEASURED.value, EditStatus.REFUSED.value]
 MAX_NUMBER = 2**31 - 1  # what an Integer column holds everywhere
 
 
@@ -156,8 +157,8 @@ class Journal:
                 self._lineages.extend(decode_revision(row.values()) for row in rows)
         return self._lineages.of(number)
 
-    def joined(self, edit_id: str) -> int:
-        """The first revision that held an edit.
+    def joined(self, edit_id: str) -> tuple[int, int]:
+        """The first revision that an edit joined, and its place among those that joined there.
 
         Raises:
             NotFound: none did.
@@ -261,9 +262,7 @@ class Journal:
 
     def find_request(self, key: str) -> Edit | None:
         """The edit that a request of this key made, if one was kept on record."""
-        mine = select(EditRow).where(
-            EditRow.request_key == key, EditRow.status != EditStatus.DISCARDED.value
-        )
+        mine = select(EditRow).where(EditRow.request_key == key, EditRow.status.in_(ANSWERED))
         with self._database.reading() as session:
             row = session.scalars(mine.order_by(EditRow.seq).limit(1)).first()
             return None if row is None else decode_edit(row.values())
@@ -374,12 +373,14 @@ class Journal:
             return audit(session)
 
     def deltas(self) -> frozenset[Digest]:
-        """Every delta that some revision or sandbox needs: what the store must hold."""
+        """Every delta that some revision, sandbox or live edit needs: what the store must hold."""
         with self._database.reading() as session:
             lists = [
                 *session.scalars(select(RevisionRow.deltas)),
                 *session.scalars(select(SandboxRow.deltas)),
             ]
+            joined = session.scalars(select(RevisionRow.contributions)).all()
+            lists += [one["deltas"] for contributions in joined for one in contributions]
         return frozenset(digest for deltas in lists for digest in deltas)
 
     def _link_revisions(self, number: int) -> None:

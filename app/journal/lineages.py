@@ -22,7 +22,7 @@ class Lineages:
 
     def __init__(self) -> None:
         self._links: list[tuple[int, frozenset[str], Lineage]] = []
-        self._joined: dict[str, int] = {}
+        self._joined: dict[str, tuple[int, int]] = {}
         self._cache: OrderedDict[int, Lineage] = OrderedDict()
         self._lock = Lock()
 
@@ -39,13 +39,13 @@ class Lineages:
                     continue
                 source = revision.parent if revision.restored is None else revision.restored
                 joined = _contributions_of(revision)
-                for one in joined:
-                    self._joined.setdefault(one.edit, revision.number)
+                for place, one in enumerate(joined):
+                    self._joined.setdefault(one.edit, (revision.number, place))
                 withdrawn = frozenset(revision.withdrawn)
                 self._links.append((-1 if source is None else source, withdrawn, joined))
 
-    def joined(self, edit: str) -> int | None:
-        """The first known revision that an edit joined, if one did."""
+    def joined(self, edit: str) -> tuple[int, int] | None:
+        """The first known revision that an edit joined, if one did, and its place there."""
         return self._joined.get(edit)
 
     def of(self, number: int) -> Lineage:

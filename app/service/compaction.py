@@ -10,15 +10,17 @@ from app.domain import (
     IMPORTED,
     Cause,
     Check,
-    Composition,
     Edit,
     Fact,
+    Guard,
     LiveEdit,
     WriteTerms,
+    compose,
 )
 from app.errors import Conflict
 from app.ports import DeltaStore, Editor, Evaluator
 from app.service.edits import Edits, Stopwatch, join_details, new_edit
+from app.service.guarding import Guarding
 from app.service.lineage import LineageReader
 from app.service.live_model import LiveModel
 from app.service.staging import staging
@@ -37,6 +39,7 @@ class Compaction:
         evaluator: Evaluator,
         live: LiveModel,
         edits: Edits,
+        guarding: Guarding,
         reader: LineageReader,
     ) -> None:
         self._store = store
@@ -44,6 +47,7 @@ class Compaction:
         self._evaluator = evaluator
         self._live = live
         self._edits = edits
+        self._guarding = guarding
         self._reader = reader
 
     def compact(
@@ -59,15 +63,19 @@ class Compaction:
         watch = Stopwatch()
         lineage = self._live.live_edits()
         live = self._reader.read(lineage)
-        replaced = tuple(
+        kept = [edit for edit in live if not can_be_solved(edit)]
+        replaced = dict.fromkeys(
             one.edit for one, edit in zip(lineage, live, strict=True) if can_be_solved(edit)
         )
-        facts = gather_facts([edit for edit in live if can_be_solved(edit)])
+        facts = gather_solvable(live)
         if not facts:
             raise Conflict("No live edit tells a fact, so there is nothing to compact.")
         plan = self._editor.plan(method or shared_method(live), hparams)
-        head, start = self._live.head.composition, keep_imported(live)
+        head = self._live.head.composition
         with staging(self._store) as area:
+            beneath = self._editor.transition(head, live, kept)
+            rows = area.add(beneath.rows)
+            start = compose(head, beneath.removed, (*beneath.added, *rows))
             proposals = self._editor.propose(
                 plan,
                 start,
@@ -93,12 +101,15 @@ class Compaction:
                 metrics=after.metrics,
                 request=terms.request,
             )
-            if not force:
-                edit = replace(edit, checks=_compare(before.metrics, after.metrics))
+            compared = () if force else _compare(before.metrics, after.metrics)
+            guard = self._guarding.complete(Guard(), facts)
+            checks = self._guarding.measure(guard, after.metrics, head, [target])
+            edit = replace(edit, checks=(*compared, *checks))
             self._edits.enforce(edit, watch)
             terms.progress("commit", 0, 1)
+            area.persist(target)  # rows told anew beneath are no part of the edit
             return self._edits.commit_live(
-                edit, Cause.COMPACT, target, area, watch, withdrawn=replaced
+                edit, Cause.COMPACT, target, area, watch, withdrawn=tuple(replaced)
             )
 
 
@@ -109,6 +120,18 @@ def gather_facts(live: Sequence[LiveEdit]) -> list[Fact]:
         for fact in edit.facts:
             facts.pop((fact.subject, fact.template), None)
             facts[fact.subject, fact.template] = fact
+    return list(facts.values())
+
+
+def gather_solvable(live: Sequence[LiveEdit]) -> list[Fact]:
+    """The facts to solve again: each question's latest answer, unless that was imported with
+    what can't be."""
+    facts: dict[tuple[str, str], Fact] = {}
+    for edit in live:
+        for fact in edit.facts:
+            facts.pop((fact.subject, fact.template), None)
+            if can_be_solved(edit):
+                facts[fact.subject, fact.template] = fact
     return list(facts.values())
 
 
@@ -123,11 +146,6 @@ def can_be_solved(edit: LiveEdit) -> bool:
     if edit.plan.method == IMPORTED:
         return bool(edit.plan.hparams.get("only_facts"))
     return True
-
-
-def keep_imported(live: Sequence[LiveEdit]) -> Composition:
-    """The deltas of edits that can't be solved again."""
-    return tuple(digest for edit in live if not can_be_solved(edit) for digest in edit.deltas)
 
 
 def _compare(

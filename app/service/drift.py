@@ -70,7 +70,7 @@ class Drift:
         facts: dict[tuple[str, str], tuple[Fact, int]] = {}
         edits = LineageReader(self._journal).read(lineage)
         for one, edit in zip(lineage, edits, strict=True):
-            age = max(0, number - self._journal.joined(one.edit))
+            age = max(0, number - self._journal.joined(one.edit)[0])
             for fact in edit.facts:
                 facts[fact.subject, fact.template] = (fact, age)
         return [AgedFact(fact, age) for fact, age in facts.values()]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from math import inf, isfinite, isnan
 
 from app.domain import Check, Composition, Edit, Fact, Guard, TextCheck
 from app.errors import GuardFailed, InvalidInput
@@ -63,17 +64,14 @@ class Guarding:
         self, guard: Guard, before: Composition, states: Sequence[Composition]
     ) -> Iterator[Check]:
         if guard.max_canary_kl is not None:
-            worst = max(self._evaluator.canary_kl(state) for state in states)
+            worst = find_worst(self._evaluator.canary_kl(state) for state in states)
             yield Check("max_canary_kl", guard.max_canary_kl, worst, worst <= guard.max_canary_kl)
         if guard.max_norm_growth is not None:
             norms = self._evaluator.relative_norms(before)
-            growth = max(
-                (
-                    norm - norms.get(name, 0.0)
-                    for state in states
-                    for name, norm in self._evaluator.relative_norms(state).items()
-                ),
-                default=0.0,
+            growth = find_worst(
+                norm - norms.get(name, 0.0)
+                for state in states
+                for name, norm in self._evaluator.relative_norms(state).items()
             )
             limit = guard.max_norm_growth
             yield Check("max_norm_growth", limit, growth, growth <= limit)
@@ -96,6 +94,11 @@ class Guarding:
             yield Check(name, text.text, shown, not failing, prompt=text.prompt)
 
 
+def find_worst(figures: Iterable[float]) -> float:
+    """The largest; what is not a number is beyond every limit. 0 of none."""
+    return max((inf if isnan(figure) else figure for figure in figures), default=0.0)
+
+
 def refusal(edit: Edit) -> GuardFailed:
     """The error of a refused edit, from its record."""
     failed = [check for check in edit.checks if not check.passed]
@@ -104,8 +107,15 @@ def refusal(edit: Edit) -> GuardFailed:
         f"The edit was measured and refused: {said}. Nothing was changed; the attempt is on "
         f"record as {edit.id}.",
         edit=edit.id,
-        checks=[asdict(check) for check in edit.checks],
+        checks=[{**asdict(check), "measured": shown(check.measured)} for check in edit.checks],
     )
+
+
+def shown(measured: float | str | None) -> float | str | None:
+    """JSON has no infinity."""
+    if isinstance(measured, float) and not isfinite(measured):
+        return str(measured)
+    return measured
 
 
 def _describe(check: Check) -> str:

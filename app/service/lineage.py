@@ -23,7 +23,11 @@ class LineageReader:
         """Raises:
         NotFound: an edit is not on record.
         """
-        return [self._read(contribution) for contribution in contributions]
+        wanted = list(contributions)
+        found = [self._read(contribution) for contribution in wanted]
+        while len(self._known) > max(KEPT, 4 * len(wanted)):  # lists are compared by identity
+            self._known.popitem(last=False)
+        return found
 
     def contributions(self, sandbox: Sandbox) -> tuple[Contribution, ...]:
         """A sandbox's own edits; of one that made several sandboxes, this one's fact."""
@@ -47,7 +51,5 @@ class LineageReader:
             plan = EditPlan(edit.method, edit.hparams)
             found = LiveEdit(plan, edit.seed, tuple(facts), contribution.deltas)
             self._known[contribution] = found
-            while len(self._known) > KEPT:
-                self._known.popitem(last=False)
         self._known.move_to_end(contribution)
         return found

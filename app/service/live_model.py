@@ -91,7 +91,9 @@ class LiveModel:
     def check_files(self) -> None:
         """Look whether the live deltas are all there: a snapshot may have made the state. Where
         one is missing nothing is written any more."""
-        missing = [digest for digest in self._head.composition if digest not in self._store]
+        needed = dict.fromkeys(self._head.composition)
+        needed |= dict.fromkeys(digest for one in self.live_edits() for digest in one.deltas)
+        missing = [digest for digest in needed if digest not in self._store]
         if missing:
             self._refuse_writes(self._store.check(missing).values())
 

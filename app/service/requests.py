@@ -45,8 +45,9 @@ class Requests:
         return future
 
     def _forget(self, key: str) -> None:
-        with self._lock:
-            self._running.pop(key, None)
+        # Without the lock: a lane that stops calls this while it holds its own, which ``once``
+        # asks for while it holds ours.
+        self._running.pop(key, None)
 
 
 def _require_same(request: IdempotentRequest, fingerprint: str) -> None:

@@ -138,6 +138,7 @@ class Service:
             evaluator=evaluator,
             live=self._live,
             edits=self._edits,
+            guarding=guarding,
             reader=reader,
         )
 
@@ -320,11 +321,12 @@ class Service:
             raise EditRejected, GuardFailed, PreconditionFailed or Cancelled. Whatever is raised,
             no weight and no head changed.
         """
-        plan, guard = self._edits.check(command)
-        return self._requests.once(
-            terms.request,
-            lambda: self._enqueue(lambda: self._edits.make(command, plan, guard, terms), terms),
-        )
+
+        def start() -> Future[Edit]:
+            plan, guard = self._edits.check(command)
+            return self._enqueue(lambda: self._edits.make(command, plan, guard, terms), terms)
+
+        return self._requests.once(terms.request, start)
 
     def import_state(
         self,

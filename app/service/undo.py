@@ -73,7 +73,7 @@ class Undo:
         edit, before = self._journal.edit(edit_id), self._live.live_edits()
         if all(one.edit != edit_id for one in before):
             raise Conflict(self._explain_absence(edit))
-        after = _replace(before, edit_id, self._constituents(edit))
+        after = self._without(before, edit)
         with staging(self._store) as area:
             target = self._plan(before, after, area)
             if target.dependants and strategy is UndoStrategy.RESOLVE:
@@ -133,15 +133,18 @@ class Undo:
     def _resolve(
         self, before: Lineage, target: Target, area: Staging, progress: Progress
     ) -> Target:
-        """Compute the edits again that depended on what changed, in order."""
+        """Compute the edits again that depended on what changed, each on the state of those
+        before it in the list."""
+        done: list[Contribution] = []
         late = [target.lineage[index] for index in target.dependants]
-        staying = tuple(
-            one for index, one in enumerate(target.lineage) if index not in target.dependants
-        )
-        state = self._plan(before, staying, area).composition
-        made: list[Contribution] = []
-        for place, (one, edit) in enumerate(zip(late, self._reader.read(late), strict=True)):
-            progress("edits computed again", place, len(late))
+        again = dict(zip(target.dependants, self._reader.read(late), strict=True))
+        for index, one in enumerate(target.lineage):
+            edit = again.get(index)
+            if edit is None:
+                done.append(one)
+                continue
+            progress("edits computed again", target.dependants.index(index), len(late))
+            state = self._plan(before, tuple(done), area).composition
             proposals = self._editor.propose(
                 edit.plan,
                 state,
@@ -152,9 +155,8 @@ class Undo:
                 progress=progress,
             )
             step = self._editor.succeed(state, area.add(proposals))
-            state = step.apply(state)
-            made.append(Contribution(one.edit, step.added, one.facts))
-        return Target((*staying, *made), state)
+            done.append(Contribution(one.edit, step.added, one.facts))
+        return replace(self._plan(before, tuple(done), area), dependants=())
 
     def _finish(
         self, cause: Cause, edit_id: str, before: Lineage, target: Target, area: Staging
@@ -198,10 +200,11 @@ class Undo:
         and what left stands again where it joined."""
         if now == left:
             return had
-        came, present = set(left) - set(had), {one.edit for one in now}
+        came, stayed = set(left) - set(had), set(left)
+        renewed = {one.edit for one in now if one in came}
         found = [one for one in now if one not in came]
         for one in had:
-            if one not in left and (one.edit == edit_id or one.edit in present):
+            if one not in stayed and (one.edit == edit_id or one.edit in renewed):
                 joined = self._journal.joined(one.edit)
                 later = (self._journal.joined(other.edit) > joined for other in found)
                 found.insert(
@@ -209,16 +212,17 @@ class Undo:
                 )
         return tuple(found)
 
-    def _constituents(self, edit: Edit) -> Lineage:
-        """What stands in an edit's place once it is undone: the edits that it compacted."""
-        if edit.revision is None:
-            return ()
-        revision = self._journal.revision(edit.revision)
-        if revision.cause is not Cause.COMPACT or revision.parent is None:
-            return ()
-        compacted = frozenset(revision.withdrawn)
-        had = self._journal.live_edits(revision.parent)
-        return tuple(one for one in had if one.edit in compacted)
+    def _without(self, before: Lineage, edit: Edit) -> Lineage:
+        """The list once an edit is undone. In a compaction's place stand the edits that it
+        compacted; where nothing came after it, in the very list from before."""
+        made = None if edit.revision is None else self._journal.revision(edit.revision)
+        if made is None or made.cause is not Cause.COMPACT or made.parent is None:
+            return _replace(before, edit.id, ())
+        had = self._journal.live_edits(made.parent)
+        if before == self._journal.live_edits(made.number):
+            return had
+        compacted = frozenset(made.withdrawn)
+        return _replace(before, edit.id, tuple(one for one in had if one.edit in compacted))
 
     def _explain_absence(self, edit: Edit) -> str:
         if edit.status is not EditStatus.COMMITTED:
@@ -245,7 +249,7 @@ def _replace(lineage: Lineage, edit_id: str, by: Lineage) -> Lineage:
 def _difference(before: Lineage, after: Lineage) -> tuple[tuple[str, ...], Lineage]:
     """The edits to withdraw from ``before``, and then what to append, to have ``after``."""
     removed, added = difference(before, after)
-    gone = {one.edit for one in removed}
-    if any(one.edit in gone for one in before if one not in removed):
+    gone, leaving = {one.edit for one in removed}, set(removed)
+    if any(one.edit in gone for one in before if one not in leaving):
         gone, added = {one.edit for one in before}, after
     return tuple(dict.fromkeys(one.edit for one in before if one.edit in gone)), added

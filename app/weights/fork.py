@@ -63,6 +63,12 @@ def graft_branch(model: PreTrainedModel, matrices: Mapping[str, Tensor]) -> PreT
     return branched
 
 
+def is_dispatched(model: PreTrainedModel) -> bool:
+    """Whether accelerate has spread the model over devices: its modules then hold calls bound to
+    themselves, which a branch would share."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
 def _copy_shallowly(module: M) -> M:
     """The same module with tables of its own."""
     made = object.__new__(type(module))

@@ -23,7 +23,7 @@ from app.domain import BaseIdentity, Composition, Digest
 from app.weights.delta import Delta, SubjectRow
 from app.weights.digest import combined_digest
 from app.weights.fold import accumulate, materialise
-from app.weights.fork import fork, graft_branch
+from app.weights.fork import fork, graft, graft_branch, is_dispatched
 from app.weights.ledger import Ledger
 from app.weights.loading import LoadedModel
 from app.weights.snapshots import LiveSums, SnapshotStore
@@ -238,7 +238,11 @@ class ViewCache:
                 base = self.loaded.model.get_parameter(name)
                 stored = materialise(anatomy.orient(base), sums.total(name))
                 matrices[name] = anatomy.orient(stored).contiguous()
-        model = graft_branch(self.loaded.model, matrices)
+        if is_dispatched(self.loaded.model):
+            model = fork(self.loaded.model)
+            graft(model, matrices)
+        else:
+            model = graft_branch(self.loaded.model, matrices)
         return View(composition, model, matrices, self.base.digest)
 
     def _sum(self, composition: Composition) -> Sums:

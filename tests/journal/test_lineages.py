@@ -40,8 +40,8 @@ def test_an_edit_joined_when_it_first_did(journal: Journal) -> None:
     append(journal, 1, contributions=(A,))
     append(journal, 2, withdrawn=("ea",))
     append(journal, 3, contributions=(B, A))
-    assert [journal.joined(edit) for edit in ("ea", "eb")] == [1, 3]
+    assert [journal.joined(edit) for edit in ("ea", "eb")] == [(1, 0), (3, 0)]
     append(journal, 4, contributions=(C,))
-    assert journal.joined("ec") == 4
+    assert journal.joined("ec") == (4, 0)
     with pytest.raises(NotFound, match="never"):
         journal.joined("ed")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.domain import Cause, Edit, EditStatus, ExportKind, ExportOrder, ImportTarget
+from app.domain import Cause, Edit, EditStatus, ExportKind, ExportOrder, Guard, ImportTarget
 from app.errors import Conflict, GuardFailed, UnknownMethod
 
 from .bench import AGAIN, FACT, LEDGER, MORE, OTHER, TAUGHT, Bench, MakeBench, equal
@@ -94,3 +94,29 @@ def test_an_imported_change_stays_beneath_what_is_compacted(
     live = bench.journal.live_edits(3)
     assert [one.edit for one in live] == [imported.id, compacted.id]
     assert bench.service.resolve("live").composition == (*imported.deltas, *compacted.deltas)
+
+
+def test_a_compaction_undone_at_once_leaves_the_list_from_before(
+    make_bench: MakeBench, tmp_path: Path
+) -> None:
+    bench, other = make_bench(), make_bench(folder="other")
+    other.edit(FACT, **TAUGHT)
+    made = other.service.export(ExportOrder(kind=ExportKind.BUNDLE)).result(60)
+    bench.edit(OTHER)
+    shutil.copytree(other._folder / "exports" / made.name, bench._folder / "imports" / made.name)
+    bench.service.import_state(made.name, ImportTarget.LIVE).result(60)
+    bench.edit(AGAIN)
+    before = bench.matrices()
+    undone = bench.service.undo(compact(bench).id).result(60)
+    assert undone.exact
+    assert equal(bench.matrices(), before)
+
+
+def test_the_servers_guard_holds_for_compactions_too(bench: Bench) -> None:
+    bench.edit(FACT)
+    bench.default_guard = Guard(max_canary_kl=0.0)
+    bench.restart()
+    before = bench.everything()
+    with pytest.raises(GuardFailed, match="max_canary_kl"):
+        compact(bench)
+    assert bench.everything() == before

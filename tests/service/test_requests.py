@@ -7,7 +7,13 @@ from concurrent.futures import Future
 import pytest
 
 from app.domain import Edit, EditCommand, Guard, IdempotentRequest, WriteTerms
-from app.errors import GuardFailed, InvalidInput, PreconditionFailed
+from app.errors import (
+    GuardFailed,
+    InvalidInput,
+    JournalError,
+    PreconditionFailed,
+    ShuttingDown,
+)
 
 from .bench import FACT, OTHER, QUICK, Bench
 
@@ -57,6 +63,40 @@ def test_what_failed_without_a_record_may_be_asked_again(bench: Bench) -> None:
     with pytest.raises(PreconditionFailed):
         ask(bench, late).result(60)
     assert ask(bench, TERMS).result(60).revision == 1
+
+
+def test_an_edit_that_was_never_committed_answers_for_no_request(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk may not even take the note that it was given up."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise JournalError("The disk is full.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.journal, "commit_edit", fail)
+        patch.setattr(bench.journal, "discard_edit", fail)
+        with pytest.raises(JournalError):
+            ask(bench, TERMS).result(60)
+    assert ask(bench, TERMS).result(60).revision == 1
+
+
+def test_a_repeated_request_is_answered_though_its_sandbox_is_gone(bench: Bench) -> None:
+    sandbox = bench.service.create_sandbox().result(30).id
+    command = EditCommand((FACT,), method="rome", hparams=QUICK, sandbox=sandbox)
+    first = bench.service.submit_edit(command, TERMS).result(60)
+    bench.service.delete_sandbox(sandbox).result(30)
+    assert bench.service.submit_edit(command, TERMS).result(60) == first
+
+
+def test_stopping_while_requests_come_in_does_not_lock_up(bench: Bench) -> None:
+    futures = [
+        ask(bench, WriteTerms(request=IdempotentRequest(f"key-{n}", "a" * 64))) for n in range(6)
+    ]
+    bench.service.stop_accepting()
+    assert all(future.done() or future.running() for future in futures[1:])
+    with pytest.raises(ShuttingDown):
+        ask(bench, TERMS)
 
 
 def test_a_write_is_made_only_on_the_head_its_caller_expects(bench: Bench) -> None:

@@ -306,3 +306,35 @@ def test_a_hundred_of_three_hundred_undone_in_any_order_were_never_there(
     assert len(bench.journal.live_edits(400)) == 200
     assert equal(bench.matrices(), never.matrices())
     assert bench.service.head.state_hash == never.service.head.state_hash
+
+
+def test_redo_after_two_resolved_undos_makes_no_edit_live_twice(bench: Bench) -> None:
+    edits = [bench.edit(fact) for fact in (FACT, OTHER, THIRD)]
+    undo(bench, edits[0].id, UndoStrategy.RESOLVE)
+    undo(bench, edits[1].id, UndoStrategy.RESOLVE)
+    redo(bench, edits[0].id)
+    live = [one.edit for one in bench.journal.live_edits(bench.service.head.number)]
+    assert live == [edits[0].id, edits[2].id]
+
+
+def test_edits_that_joined_together_keep_their_order(bench: Bench) -> None:
+    sandbox = bench.service.create_sandbox("base").result(30).id
+    first = bench.edit(FACT, sandbox=sandbox, **LEDGER)
+    bench.edit(AGAIN, sandbox=sandbox, **LEDGER)
+    bench.service.promote(sandbox).result(30)
+    live = bench.matrices()
+    later = bench.edit(OTHER)
+    for edit in (first, later):
+        undo(bench, edit.id)
+    assert redo(bench, first.id).exact
+    assert equal(bench.matrices(), live)
+
+
+def test_what_is_computed_again_sees_only_what_stands_before_it(make_bench: MakeBench) -> None:
+    bench, never = make_bench(), make_bench(folder="never")
+    gone = bench.edit(FACT)
+    for one in (bench, never):
+        one.edit(OTHER)
+        one.edit(MORE, **LEDGER)
+    assert undo(bench, gone.id, UndoStrategy.RESOLVE).exact
+    assert equal(bench.matrices(), never.matrices())

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from app.weights.fork import fork, graft, graft_branch
+from app.weights.fork import fork, graft, graft_branch, is_dispatched
 from app.weights.tracing import changing_output
 from tests.tiny import CONFIGS, TinyModels
 
@@ -68,3 +68,11 @@ def test_a_hook_on_a_fork_does_not_fire_in_the_original(tiny: TinyModels) -> Non
         assert calls == []
         copy(PROMPT)
     assert calls == [1]
+
+
+def test_a_model_that_is_spread_over_devices_is_recognised(tiny: TinyModels) -> None:
+    """Its modules' calls are bound to themselves, so a branch would answer as the base."""
+    copy = fork(tiny.load().model)
+    assert not is_dispatched(copy)
+    copy.get_submodule("model.layers.1.mlp").__dict__["_hf_hook"] = object()
+    assert is_dispatched(copy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from math import isfinite
 from typing import Self
 
 from pydantic import (
@@ -29,7 +30,11 @@ class CheckOut(Answer):
 
     @classmethod
     def of(cls, check: Check) -> Self:
-        return cls.model_validate(asdict(check))
+        found = asdict(check)
+        measured = found["measured"]
+        if isinstance(measured, float) and not isfinite(measured):
+            found["measured"] = str(measured)  # JSON has no infinity
+        return cls.model_validate(found)
 
 
 class Problem(Answer):

@@ -64,7 +64,7 @@ def create_app(jobs: Jobs, lane: Lane, keys: dict[str, Scope] | None = None) -> 
     app.include_router(job_routes.router)
     install_handlers(app)
 
-    @app.post("/work/{name}", response_model=str, responses={**ACCEPTED})
+    @app.post("/chores/{name}", response_model=str, responses={**ACCEPTED})
     async def work(name: str, call: LongCallDep, response: Response) -> str | Response:
         def show(made: str) -> str:
             response.headers["Made"] = made
@@ -73,7 +73,7 @@ def create_app(jobs: Jobs, lane: Lane, keys: dict[str, Scope] | None = None) -> 
         return await call.answer(
             "work",
             lambda progress: lane.submit(name, progress),
-            lambda made: JobResult(link=f"/work/{made}", value={"score": float("nan")}),
+            lambda made: JobResult(link=f"/chores/{made}", value={"score": float("nan")}),
             show,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -67,7 +67,7 @@ class Compaction:
         replaced = dict.fromkeys(
             one.edit for one, edit in zip(lineage, live, strict=True) if can_be_solved(edit)
         )
-        facts = gather_solvable(live)
+        facts = gather_facts(live, can_be_solved)
         if not facts:
             raise Conflict("No live edit tells a fact, so there is nothing to compact.")
         plan = self._editor.plan(method or shared_method(live), hparams)
@@ -113,24 +113,16 @@ class Compaction:
             )
 
 
-def gather_facts(live: Sequence[LiveEdit]) -> list[Fact]:
-    """What the live edits tell, each question once with its latest answer."""
+def gather_facts(
+    live: Sequence[LiveEdit], wanted: Callable[[LiveEdit], bool] = lambda _: True
+) -> list[Fact]:
+    """What the live edits tell, each question once with its latest answer, if the edit that gave
+    that is ``wanted``."""
     facts: dict[tuple[str, str], Fact] = {}
     for edit in live:
         for fact in edit.facts:
             facts.pop((fact.subject, fact.template), None)
-            facts[fact.subject, fact.template] = fact
-    return list(facts.values())
-
-
-def gather_solvable(live: Sequence[LiveEdit]) -> list[Fact]:
-    """The facts to solve again: each question's latest answer, unless that was imported with
-    what can't be."""
-    facts: dict[tuple[str, str], Fact] = {}
-    for edit in live:
-        for fact in edit.facts:
-            facts.pop((fact.subject, fact.template), None)
-            if can_be_solved(edit):
+            if wanted(edit):
                 facts[fact.subject, fact.template] = fact
     return list(facts.values())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from math import inf, isfinite, isnan
+from math import inf, isnan
 
 from app.domain import Check, Composition, Edit, Fact, Guard, TextCheck
 from app.errors import GuardFailed, InvalidInput
@@ -65,7 +65,7 @@ class Guarding:
     ) -> Iterator[Check]:
         if guard.max_canary_kl is not None:
             worst = find_worst(self._evaluator.canary_kl(state) for state in states)
-            yield Check("max_canary_kl", guard.max_canary_kl, worst, worst <= guard.max_canary_kl)
+            yield check_bound("max_canary_kl", guard.max_canary_kl, worst)
         if guard.max_norm_growth is not None:
             norms = self._evaluator.relative_norms(before)
             growth = find_worst(
@@ -73,8 +73,7 @@ class Guarding:
                 for state in states
                 for name, norm in self._evaluator.relative_norms(state).items()
             )
-            limit = guard.max_norm_growth
-            yield Check("max_norm_growth", limit, growth, growth <= limit)
+            yield check_bound("max_norm_growth", guard.max_norm_growth, growth)
 
     def _check_texts(
         self,
@@ -94,6 +93,12 @@ class Guarding:
             yield Check(name, text.text, shown, not failing, prompt=text.prompt)
 
 
+def check_bound(name: str, limit: float, measured: float) -> Check:
+    """An infinite figure is kept as text: JSON has none."""
+    shown = str(measured) if measured == inf else measured
+    return Check(name, limit, shown, measured <= limit)
+
+
 def find_worst(figures: Iterable[float]) -> float:
     """The largest; what is not a number is beyond every limit. 0 of none."""
     return max((inf if isnan(figure) else figure for figure in figures), default=0.0)
@@ -107,15 +112,8 @@ def refusal(edit: Edit) -> GuardFailed:
         f"The edit was measured and refused: {said}. Nothing was changed; the attempt is on "
         f"record as {edit.id}.",
         edit=edit.id,
-        checks=[{**asdict(check), "measured": shown(check.measured)} for check in edit.checks],
+        checks=[asdict(check) for check in edit.checks],
     )
-
-
-def shown(measured: float | str | None) -> float | str | None:
-    """JSON has no infinity."""
-    if isinstance(measured, float) and not isfinite(measured):
-        return str(measured)
-    return measured
 
 
 def _describe(check: Check) -> str:

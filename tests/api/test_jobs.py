@@ -62,14 +62,14 @@ def wait_for(client: TestClient, job_id: str, status: str) -> dict[str, Any]:
 
 def test_without_a_preference_the_answer_waits_for_the_work(client: TestClient, lane: Lane) -> None:
     lane.gate.set()
-    answer = client.post("/work/a")
+    answer = client.post("/chores/a")
     assert (answer.status_code, answer.json(), answer.headers["Made"]) == (200, "a", "a")
     (job,) = client.get("/jobs").json()["items"]
-    assert (job["kind"], job["status"], job["result"]["link"]) == ("work", "done", "/work/a")
+    assert (job["kind"], job["status"], job["result"]["link"]) == ("work", "done", "/chores/a")
 
 
 def test_respond_async_answers_with_a_job(client: TestClient, lane: Lane) -> None:
-    answer = client.post("/work/a", headers=ASYNC)
+    answer = client.post("/chores/a", headers=ASYNC)
     assert answer.status_code == 202
     assert answer.headers["Preference-Applied"] == "respond-async"
     job = JobOut.model_validate_json(answer.content)
@@ -77,24 +77,24 @@ def test_respond_async_answers_with_a_job(client: TestClient, lane: Lane) -> Non
     assert not job.status.final
     lane.gate.set()
     done = wait_for(client, job.id, "done")
-    assert done["result"] == {"link": "/work/a", "value": {"score": None}}
+    assert done["result"] == {"link": "/chores/a", "value": {"score": None}}
     assert done["progress"]["done"] == 0
 
 
 def test_wait_answers_in_time_or_with_the_job(client: TestClient, lane: Lane) -> None:
-    late = client.post("/work/a", headers={"Prefer": "wait=1"})
+    late = client.post("/chores/a", headers={"Prefer": "wait=1"})
     assert late.status_code == 202
     assert late.headers["Preference-Applied"] == "wait=1"
     assert late.json()["status"] == "running"
     assert lane.changed == []
     lane.gate.set()
-    assert client.post("/work/b", headers={"Prefer": "respond-async, wait=60"}).json() == "b"
+    assert client.post("/chores/b", headers={"Prefer": "respond-async, wait=60"}).json() == "b"
     assert lane.changed == ["a", "b"]
 
 
 @pytest.mark.parametrize("headers", [{}, ASYNC])
 def test_what_can_be_refused_at_once_is_no_job(client: TestClient, headers: dict[str, str]) -> None:
-    answer = client.post("/work/é", headers=headers)
+    answer = client.post("/chores/é", headers=headers)
     assert (answer.status_code, answer.json()["field"]) == (422, "name")
     assert client.get("/jobs").json() == {"items": [], "next": None}
 
@@ -104,9 +104,9 @@ def test_work_that_fails_is_a_problem_for_who_waits_and_for_who_does_not(
 ) -> None:
     lane.gate.set()
     lane.failure = EditRejected("Too large.", field="hparams")
-    waited = client.post("/work/a")
+    waited = client.post("/chores/a")
     assert waited.status_code == 422
-    job = wait_for(client, client.post("/work/a", headers=ASYNC).json()["id"], "failed")
+    job = wait_for(client, client.post("/chores/a", headers=ASYNC).json()["id"], "failed")
     assert job["problem"] == {
         key: value for key, value in waited.json().items() if key not in ("status", "errors")
     }
@@ -119,7 +119,7 @@ def test_a_timeout_of_the_work_itself_is_its_error_not_a_202(
     lane.gate.set()
     lane.failure = TimeoutError("the disk")
     with pytest.raises(TimeoutError, match="the disk"):
-        client.post("/work/a", headers={"Prefer": "wait=60"})
+        client.post("/chores/a", headers={"Prefer": "wait=60"})
     assert "the disk" in capsys.readouterr().out
 
 
@@ -136,7 +136,7 @@ def test_preconditions_reach_the_route_and_bad_ones_are_problems(client: TestCli
 
 
 def test_jobs_page_newest_first_and_filter(client: TestClient, lane: Lane) -> None:
-    made = [client.post("/work/a", headers=ASYNC).json()["id"] for _ in range(3)]
+    made = [client.post("/chores/a", headers=ASYNC).json()["id"] for _ in range(3)]
     assert lane.begun.wait(SECONDS)
     first = client.get("/jobs", params={"limit": 2}).json()
     rest = client.get("/jobs", params={"limit": 2, "cursor": first["next"]}).json()
@@ -149,7 +149,7 @@ def test_jobs_page_newest_first_and_filter(client: TestClient, lane: Lane) -> No
 
 
 def test_cancelling_before_during_and_after(client: TestClient, lane: Lane) -> None:
-    running, waiting = (client.post(f"/work/{n}", headers=ASYNC).json()["id"] for n in "ab")
+    running, waiting = (client.post(f"/chores/{n}", headers=ASYNC).json()["id"] for n in "ab")
     assert lane.begun.wait(SECONDS)
     gone = client.delete(f"/jobs/{waiting}")
     assert (gone.status_code, gone.json()["status"]) == (200, "cancelled")
@@ -160,7 +160,7 @@ def test_cancelling_before_during_and_after(client: TestClient, lane: Lane) -> N
     ended = wait_for(client, running, "cancelled")
     assert "nothing changed" in ended["problem"]["detail"]
     assert lane.changed == []
-    done = wait_for(client, client.post("/work/c", headers=ASYNC).json()["id"], "done")
+    done = wait_for(client, client.post("/chores/c", headers=ASYNC).json()["id"], "done")
     late = client.delete(f"/jobs/{done['id']}")
     assert late.status_code == 409
     assert late.headers["content-type"] == "application/problem+json"
@@ -170,7 +170,7 @@ def test_a_caller_who_waits_hears_that_its_job_was_cancelled(
     client: TestClient, lane: Lane
 ) -> None:
     with ThreadPoolExecutor(1) as callers:
-        waiting = callers.submit(client.post, "/work/a")
+        waiting = callers.submit(client.post, "/chores/a")
         assert lane.begun.wait(SECONDS)
         (job,) = client.get("/jobs").json()["items"]
         client.delete(f"/jobs/{job['id']}")
@@ -230,7 +230,7 @@ def parse(text: str) -> list[tuple[int, str, dict[str, Any]]]:
 def test_a_late_listener_has_every_event_in_order(client: TestClient, lane: Lane) -> None:
     lane.gate.set()
     lane.stages = 30
-    job_id = client.post("/work/a", headers=ASYNC).json()["id"]
+    job_id = client.post("/chores/a", headers=ASYNC).json()["id"]
     wait_for(client, job_id, "done")
     answer = client.get(f"/jobs/{job_id}/events")
     assert answer.headers["content-type"].startswith("text/event-stream")
@@ -246,7 +246,7 @@ def test_a_late_listener_has_every_event_in_order(client: TestClient, lane: Lane
 
 def test_a_listener_that_comes_back_has_each_event_once(client: TestClient, lane: Lane) -> None:
     lane.gate.set()
-    job_id = client.post("/work/a", headers=ASYNC).json()["id"]
+    job_id = client.post("/chores/a", headers=ASYNC).json()["id"]
     wait_for(client, job_id, "done")
     path = f"/jobs/{job_id}/events"
     whole = parse(client.get(path).text)
@@ -288,7 +288,7 @@ def test_a_stream_reads_when_there_is_something_to_read() -> None:
 
 
 def begin(url: str) -> str:
-    job_id: str = httpx.post(f"{url}/work/a", headers=ASYNC).json()["id"]
+    job_id: str = httpx.post(f"{url}/chores/a", headers=ASYNC).json()["id"]
     return job_id
 
 
@@ -326,7 +326,7 @@ def test_a_listener_that_hangs_up_does_nothing_to_the_job_and_can_come_back(
 def test_a_caller_that_hangs_up_leaves_its_work_going(jobs: Jobs, lane: Lane) -> None:
     with serving(jobs, lane) as (_, _, url):
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/work/a", timeout=0.2)
+            httpx.post(f"{url}/chores/a", timeout=0.2)
         (job,) = httpx.get(f"{url}/jobs").json()["items"]
         lane.gate.set()
         events = parse(httpx.get(f"{url}/jobs/{job['id']}/events").text)

@@ -39,7 +39,7 @@ def run(*arguments: str) -> Result:
 
 
 def begin(url: str) -> str:
-    answer = httpx.post(f"{url}/work/a", headers={"Prefer": "respond-async"})
+    answer = httpx.post(f"{url}/chores/a", headers={"Prefer": "respond-async"})
     job_id: str = answer.json()["id"]
     return job_id
 
@@ -55,7 +55,7 @@ def test_the_list_says_what_goes_on_and_what_has_ended(url: str, lane: Lane) -> 
     assert run("job", second, "--watch").exit_code == 0
     listed = json.loads(run("jobs", "--json").stdout)
     assert [job["id"] for job in listed["items"]] == [second, first]
-    assert "/work/a" in run("jobs", "--status", "done").stdout
+    assert "/chores/a" in run("jobs", "--status", "done").stdout
     refused = run("jobs", "--status", "lost")
     assert refused.exit_code == 2
     assert "'queued', 'running'" in refused.stderr

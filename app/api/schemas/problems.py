@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from math import isfinite
 from typing import Self
 
 from pydantic import (
@@ -30,11 +29,7 @@ class CheckOut(Answer):
 
     @classmethod
     def of(cls, check: Check) -> Self:
-        found = asdict(check)
-        measured = found["measured"]
-        if isinstance(measured, float) and not isfinite(measured):
-            found["measured"] = str(measured)  # JSON has no infinity
-        return cls.model_validate(found)
+        return cls.model_validate(asdict(check))
 
 
 class Problem(Answer):

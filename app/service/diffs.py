@@ -61,7 +61,7 @@ class Diffs:
         sandbox = self._journal.sandbox(view.sandbox or "")
         if sandbox is None:
             raise NotFound(f"Sandbox {view.view} was deleted meanwhile.")
-        return (*self._journal.live_edits(sandbox.root), *reader.contributions(sandbox))
+        return reader.held_by(sandbox)
 
     def _ask_canaries(self, old: ResolvedView, new: ResolvedView) -> tuple[CanaryChange, ...]:
         if old.composition == new.composition:

@@ -82,8 +82,7 @@ class Exports:
         sandbox = self._journal.sandbox(view.sandbox or "")
         if sandbox is None:
             raise NotFound(f"Sandbox {view.view} was deleted meanwhile.", field="view")
-        lineage = self._journal.live_edits(sandbox.root)
         # Read again: it may have grown since its name was resolved.
         composition = self._names.sandbox_state(sandbox)
-        own = LineageReader(self._journal).contributions(sandbox)
-        return Subject(composition, (*lineage, *own), sandbox.id)
+        lineage = LineageReader(self._journal).held_by(sandbox)
+        return Subject(composition, lineage, sandbox.id)

@@ -41,6 +41,10 @@ class LineageReader:
                 found.append(Contribution(edit_id, edit.deltas))
         return tuple(found)
 
+    def held_by(self, sandbox: Sandbox) -> tuple[Contribution, ...]:
+        """All that a sandbox holds: its root's live edits, and then its own."""
+        return (*self._journal.live_edits(sandbox.root), *self.contributions(sandbox))
+
     def _read(self, contribution: Contribution) -> LiveEdit:
         found = self._known.get(contribution)
         if found is None:

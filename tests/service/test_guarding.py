@@ -17,6 +17,7 @@ from app.domain import (
     TextCheck,
 )
 from app.errors import GuardFailed, InvalidInput
+from app.service.guarding import check_bound, find_worst
 
 from .bench import FACT, OTHER, QUICK, TAUGHT, Bench, equal
 
@@ -129,3 +130,10 @@ def test_a_failing_guard_is_not_seen_by_concurrent_reads(bench: Bench) -> None:
     reader.join(30)
     assert set(said) == {(1, expected)}
     assert bench.everything() == before
+
+
+def test_what_is_not_a_number_misses_every_limit() -> None:
+    assert find_worst([0.1, float("nan")]) == float("inf")
+    check = check_bound("max_canary_kl", 1e9, find_worst([0.1, float("nan")]))
+    assert (check.passed, check.measured) == (False, "inf")
+    assert check_bound("max_canary_kl", 1e9, find_worst([])).passed

@@ -492,7 +492,12 @@ class ResolvedView:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to continue a prompt. ``temperature`` 0 is greedy; ``top_k`` 0 keeps every token."""
+    """How to continue a prompt. ``temperature`` 0 is greedy; ``top_k`` 0 keeps every token.
+
+    ``top_logprobs`` of the likeliest tokens come with each token of the answer. With ``echo``
+    the prompt's own tokens are scored too, and ``max_new_tokens`` may be 0. ``ignore_end``
+    goes on past the end of the text, to ``max_new_tokens``.
+    """
 
     max_new_tokens: int = 32
     temperature: float = 0.0
@@ -500,24 +505,43 @@ class Sampling:
     top_k: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    top_logprobs: int = 0
+    echo: bool = False
+    ignore_end: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class TokenChoice:
-    """One generated token; ``logprob`` is the model's own (before temperature), in nats."""
+    """One token; ``logprob`` is the model's own (before temperature), in nats, and ``top`` the
+    likeliest tokens in its place, if they were asked for."""
 
     id: int
     text: str
     logprob: float
+    top: tuple[TokenChoice, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptToken:
+    """One token of a prompt: its score given those before it; the first has none."""
+
+    id: int
+    text: str
+    logprob: float | None
+    top: tuple[TokenChoice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """``finish_reason``: ``stop`` (end of text or a stop string) or ``length``."""
+    """``finish_reason``: ``stop`` (end of text or a stop string) or ``length``.
+    ``prompt_length`` counts the prompt's tokens, and ``prompt`` has them if ``echo`` was asked
+    for."""
 
     text: str
     finish_reason: str
     tokens: tuple[TokenChoice, ...]
+    prompt_length: int = 0
+    prompt: tuple[PromptToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

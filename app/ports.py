@@ -38,6 +38,7 @@ from app.domain import (
     Transition,
     no_progress,
 )
+from app.reading import Listener, Prompt
 
 
 class Views(Protocol):
@@ -56,8 +57,13 @@ class Engine(Protocol):
     """Generation (``app.engine``)."""
 
     def generate(
-        self, composition: Composition, prompt: str, sampling: Sampling
+        self,
+        composition: Composition,
+        prompt: Prompt,
+        sampling: Sampling,
+        listener: Listener | None = None,
     ) -> Future[Completion]: ...
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]: ...
     @property
     def alive(self) -> bool: ...
     def describe(self) -> Mapping[str, Any]: ...

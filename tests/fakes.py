@@ -40,6 +40,7 @@ from app.domain import (
     MatrixDrift,
     ProbeResult,
     Progress,
+    PromptToken,
     Proposal,
     Sampling,
     Succession,
@@ -52,6 +53,7 @@ from app.errors import ContextExceeded, EditRejected, InvalidInput, UnknownMetho
 from app.journal.journal import Journal
 from app.journal.store import DeltaStore
 from app.main import create_app
+from app.reading import Listener, Piece, Prompt
 from app.service import Service
 from app.settings import Settings
 from app.weights.exports.folder import MAX_BYTES, draft_folder, read_files, read_manifest, seal
@@ -142,20 +144,45 @@ class FakeEngine:
         return not self.closed
 
     def generate(
-        self, composition: Composition, prompt: str, sampling: Sampling
+        self,
+        composition: Composition,
+        prompt: Prompt,
+        sampling: Sampling,
+        listener: Listener | None = None,
     ) -> Future[Completion]:
-        refuse_long(prompt)
-        words = self._views.answer(composition, prompt).split()
+        asked = prompt if isinstance(prompt, str) else "".join(map(chr, prompt))
+        refuse_long(asked)
+        words = self._views.answer(composition, asked).split()
         text = "".join(f" {word}" for word in words[: sampling.max_new_tokens])
         cuts = [text.index(stop) for stop in sampling.stop if stop in text]
         text = text[: min(cuts, default=len(text))]
+        top = tuple(TokenChoice(i, f" top{i}", -0.5 * i) for i in range(sampling.top_logprobs))
         tokens = tuple(
-            TokenChoice(index, f" {word}", -0.25) for index, word in enumerate(text.split())
+            TokenChoice(index, f" {word}", -0.25, top) for index, word in enumerate(text.split())
+        )
+        asked_words = asked.split()
+        scored = tuple(
+            PromptToken(
+                index,
+                word if index == 0 else f" {word}",
+                -0.5 if index else None,
+                top if index else (),
+            )
+            for index, word in enumerate(asked_words)
         )
         finished = "length" if len(words) > sampling.max_new_tokens else "stop"
+        if listener is not None:
+            for token in tokens:
+                listener(Piece(token.text, (token,)))
         future: Future[Completion] = Future()
-        future.set_result(Completion(text, finished, tokens))
+        future.set_result(
+            Completion(text, finished, tokens, len(asked_words), scored if sampling.echo else ())
+        )
         return future
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """The last message, a character a token."""
+        return tuple(map(ord, messages[-1]["content"]))
 
     def describe(self) -> Mapping[str, Any]:
         return {"kind": "fake"}

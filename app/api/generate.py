@@ -59,12 +59,12 @@ async def complete(
     service: Service, prompt: str, views: Sequence[str], sampling: Sampling
 ) -> Generation:
     """Every view's completion, side by side; each on the state its view stood for."""
-    started = await run_in_threadpool(service.generate, prompt, views, sampling)
-    completions = await asyncio.gather(*(asyncio.wrap_future(future) for _, future in started))
+    reads = await run_in_threadpool(service.generate, prompt, views, sampling)
+    completions = await asyncio.gather(*(asyncio.wrap_future(read.future) for read in reads))
     return Generation(
         prompt=prompt,
         completions=[
-            CompletionOut.of(view, completion)
-            for (view, _), completion in zip(started, completions, strict=True)
+            CompletionOut.of(read.view, completion)
+            for read, completion in zip(reads, completions, strict=True)
         ],
     )

@@ -18,6 +18,8 @@ import structlog
 
 from app.domain import Completion, Composition, Sampling
 from app.errors import Overloaded, ShuttingDown
+from app.reading import Listener, Prompt
+from app.weights.chat import render_chat
 from app.weights.decoding import Row, RowBatch, complete, encode_prompt
 from app.weights.views import View, ViewCache
 
@@ -69,7 +71,11 @@ class Engine:
         self._thread.start()
 
     def generate(
-        self, composition: Composition, prompt: str, sampling: Sampling
+        self,
+        composition: Composition,
+        prompt: Prompt,
+        sampling: Sampling,
+        listener: Listener | None = None,
     ) -> Future[Completion]:
         """Queue a prompt; cancelling the future frees its place at the next token.
 
@@ -89,6 +95,10 @@ class Engine:
             self._waiting.append(request)
             self._signal.notify()
         return request.future
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """Raises InvalidInput: see ``app.weights.chat``."""
+        return render_chat(self._views.loaded, messages)
 
     @property
     def alive(self) -> bool:

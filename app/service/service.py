@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 from app.domain import (
     Cause,
     Checkpoint,
-    Completion,
     Edit,
     EditCommand,
     EditStatus,
@@ -51,6 +50,7 @@ from app.ports import (
     Upload,
     Views,
 )
+from app.reading import CommitPolicy, Listener, Prompt, Read
 from app.service.compaction import Compaction
 from app.service.diffs import Diffs
 from app.service.drift import Drift
@@ -61,6 +61,7 @@ from app.service.imports import Imports
 from app.service.lane import Lane
 from app.service.lineage import LineageReader
 from app.service.live_model import LiveModel
+from app.service.reads import Reads
 from app.service.requests import Requests
 from app.service.undo import Undo
 from app.service.view_names import LIVE, RESERVED, ViewNames
@@ -99,6 +100,7 @@ class Service:
         self._closed = False
         self._live = LiveModel(journal, views, store)
         self._names = ViewNames(journal, self._live)
+        self._reads = Reads(engine)
         self._exports = Exports(journal=journal, exporter=exporter, names=self._names)
         reader = LineageReader(journal)
         guarding = Guarding(evaluator, default_guard or Guard())
@@ -210,15 +212,32 @@ class Service:
         return self._names.resolve(view, field)
 
     def generate(
-        self, prompt: str, views: Sequence[str], sampling: Sampling
-    ) -> list[tuple[ResolvedView, Future[Completion]]]:
-        """One completion per view; each runs to its end on the state its view stands for now.
+        self,
+        prompt: Prompt,
+        views: Sequence[str],
+        sampling: Sampling,
+        *,
+        listeners: Sequence[Listener] = (),
+        on_commit: CommitPolicy = CommitPolicy.PIN,
+    ) -> list[Read]:
+        """One read per view; each runs to its end on the state its view stands for now, unless
+        ``on_commit`` says otherwise. ``listeners``, one a view if any, hear the answers as
+        they come.
 
         Raises:
-            NotFound, ContextExceeded, Overloaded.
+            NotFound, ContextExceeded, InvalidInput, Overloaded.
         """
         resolved = self._resolve_all(views)
-        return [(r, self._engine.generate(r.composition, prompt, sampling)) for r in resolved]
+        return self._reads.start(prompt, resolved, sampling, listeners, on_commit)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """A conversation as the prompt the model was trained to answer: its chat template's
+        token ids. A message has a ``role`` and a ``content``.
+
+        Raises:
+            InvalidInput: the model has no chat template, or its template refuses the messages.
+        """
+        return self._engine.render_chat(messages)
 
     def probe(
         self, prompts: Sequence[str], views: Sequence[str], candidates: Sequence[str], top_k: int

@@ -12,22 +12,30 @@ from transformers import DynamicCache, PreTrainedModel
 
 from app.domain import Completion, Sampling, TokenChoice
 from app.errors import Conflict, ContextExceeded, InvalidInput
+from app.reading import Prompt
 from app.weights.cache_argument import cache_argument
 from app.weights.loading import LoadedModel
 
 COLDEST = 1e-6  # a temperature below this is as good as greedy, and 1/T must stay finite
 
 
-def encode_prompt(loaded: LoadedModel, prompt: str, room: int = 0) -> list[int]:
-    """Token ids of a prompt, with whatever special tokens the tokenizer puts before it.
+def encode_prompt(loaded: LoadedModel, prompt: Prompt, room: int = 0) -> list[int]:
+    """Token ids of a prompt, with whatever special tokens the tokenizer puts before it; token
+    ids are taken as they are.
 
     Raises:
-        InvalidInput: nothing to continue. ContextExceeded: prompt plus ``room`` new tokens
-        don't fit the context window.
+        InvalidInput: nothing to continue, or an id that the model has no token for.
+        ContextExceeded: prompt plus ``room`` new tokens don't fit the context window.
     """
-    ids = loaded.encode(prompt)
+    ids = loaded.encode(prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
         raise InvalidInput("The prompt is empty; give some text to continue.", field="prompt")
+    size = loaded.model.config.vocab_size
+    strange = [token for token in ids if not 0 <= token < size]
+    if strange:
+        raise InvalidInput(
+            f"There is no token {strange[0]}; the model's are 0 to {size - 1}.", field="prompt"
+        )
     if len(ids) + room > loaded.context_window:
         raise ContextExceeded(
             f"The prompt has {len(ids)} tokens and {room} more were asked for; the model's "

@@ -112,13 +112,13 @@ def test_the_servers_guard_holds_where_the_callers_is_silent(bench: Bench) -> No
 def test_a_failing_guard_is_not_seen_by_concurrent_reads(bench: Bench) -> None:
     bench.edit(OTHER)
     before = bench.everything()
-    ((_, answer),) = bench.service.generate(FACT.text, ["live"], Sampling(4))
-    expected, said, over = answer.result(30).text, [], threading.Event()
+    (read,) = bench.service.generate(FACT.text, ["live"], Sampling(4))
+    expected, said, over = read.future.result(30).text, [], threading.Event()
 
     def ask() -> None:
         while not over.is_set():
-            ((view, future),) = bench.service.generate(FACT.text, ["live"], Sampling(4))
-            said.append((view.revision, future.result(30).text))
+            (read,) = bench.service.generate(FACT.text, ["live"], Sampling(4))
+            said.append((read.view.revision, read.future.result(30).text))
 
     reader = threading.Thread(target=ask)
     reader.start()

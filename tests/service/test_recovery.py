@@ -50,9 +50,9 @@ def test_the_last_good_revision_is_served_read_only_and_the_file_is_named(
     assert bench.service.head.number == 1
     assert bad.deltas[0] in (bench.service.read_only or "")
     assert equal(bench.matrices(), good)
-    ((view, answer),) = bench.service.generate(FACT.text, ["live"], Sampling(3))
-    assert view.revision == 1
-    assert answer.result(30).tokens
+    (read,) = bench.service.generate(FACT.text, ["live"], Sampling(3))
+    assert read.view.revision == 1
+    assert read.future.result(30).tokens
     writes = (
         lambda: bench.edit(OTHER),
         bench.service.reset,

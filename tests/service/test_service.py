@@ -312,8 +312,8 @@ def test_a_journal_of_another_model_is_refused(make_bench: MakeBench, tiny: Tiny
 def test_reads_name_what_they_answered_from(bench: Bench) -> None:
     bench.edit(FACT)
     answers = bench.service.generate(FACT.text, ["live", "base", "r1"], Sampling(3))
-    assert [view.revision for view, _ in answers] == [1, 0, 1]
-    texts = [future.result(30).text for _, future in answers]
+    assert [read.view.revision for read in answers] == [1, 0, 1]
+    texts = [read.future.result(30).text for read in answers]
     assert texts[0] == texts[2]
 
 
@@ -323,9 +323,9 @@ def test_reads_go_on_while_an_edit_is_computed(
     started, release = hold_edits(bench, monkeypatch)
     future = bench.service.submit_edit(EditCommand((FACT,), method="rome", hparams=QUICK))
     assert started.wait(30)
-    ((view, answer),) = bench.service.generate(FACT.text, ["live"], Sampling(5))
-    assert view.revision == 0
-    assert answer.result(30).tokens
+    (read,) = bench.service.generate(FACT.text, ["live"], Sampling(5))
+    assert read.view.revision == 0
+    assert read.future.result(30).tokens
     assert not future.done()
     release.set()
     assert future.result(30).revision == 1

@@ -83,11 +83,15 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny_model(folder: Path, model_type: str, *, seed: int = 0) -> Path:
-    """Write a random model of an architecture, with its tokenizer, to ``folder``."""
+def save_tiny_model(
+    folder: Path, model_type: str, *, seed: int = 0, settings: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a random model of an architecture, with its tokenizer, to ``folder``. ``settings``
+    go over its configuration."""
     config = AutoConfig.for_model(
         model_type,
         **CONFIGS[model_type],
+        **(settings or {}),
         vocab_size=VOCABULARY,
         initializer_range=0.15,
         pad_token_id=0,

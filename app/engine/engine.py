@@ -1,70 +1,75 @@
-"""The engine: admit, step, deliver. One thread owns every forward pass that generates.
+"""The engine: admit, read prompts, step, deliver. One thread owns every forward pass that
+generates.
 
-Requests on one view that wait together become one batch; batches take turns token by token, so
-a long answer doesn't hold up a short one. A request keeps the view it was admitted with to its
-end: a commit makes another view and changes nothing here.
+All answers under way are rows of one batch, whatever views they are on. A request keeps the
+overlay it was admitted with to its end: a commit makes another view and changes nothing here.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
+import torch
 
 from app.domain import Completion, Composition, Sampling
-from app.errors import Overloaded, ShuttingDown
+from app.engine.decoding import Decoding
+from app.engine.forward import Forward
+from app.engine.prefill import Prefill, plan_groups
+from app.engine.prefixes import Prefixes
+from app.engine.request import Request
+from app.errors import InvalidInput, Overloaded, ShuttingDown
 from app.reading import Listener, Prompt
 from app.weights.chat import render_chat
-from app.weights.decoding import Row, RowBatch, complete, encode_prompt
-from app.weights.views import View, ViewCache
+from app.weights.decoding import Row, choose, encode_prompt
+from app.weights.mixed_model import MixedModel
+from app.weights.overlays import Overlays
+from app.weights.views import ViewCache
 
 log = structlog.get_logger(__name__)
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Request:
-    """A row to continue on a view, and the promise of its answer."""
-
-    view: View
-    row: Row
-    future: Future[Completion] = field(default_factory=Future)
-
-
-@dataclass(slots=True, eq=False)
-class Running:
-    """A batch in progress, with the requests its rows belong to."""
-
-    batch: RowBatch
-    requests: dict[int, Request]  # by id(row)
-
-
-def plan_batches(waiting: Sequence[Request], max_rows: int) -> list[list[Request]]:
-    """Group requests by view, in order of arrival, at most ``max_rows`` to a batch."""
-    groups: dict[int, list[list[Request]]] = {}
-    for request in waiting:
-        batches = groups.setdefault(id(request.view), [[]])
-        if len(batches[-1]) == max_rows:
-            batches.append([])
-        batches[-1].append(request)
-    return [batch for batches in groups.values() for batch in batches]
+Work = Callable[[], None]
 
 
 class Engine:
     """Continues prompts on views. ``generate`` may be called from any thread."""
 
     def __init__(
-        self, views: ViewCache, *, max_batch_rows: int = 32, max_pending: int = 256
+        self,
+        views: ViewCache,
+        *,
+        max_batch_rows: int = 32,
+        max_pending: int = 256,
+        chunk_tokens: int = 512,
+        cache_bytes: int = 2 << 30,
+        prefix_bytes: int = 64 << 20,
+        overlay_bytes: int = 1 << 30,
     ) -> None:
-        self._views = views
+        """``chunk_tokens`` of prompts are read between two steps of the answers. ``cache_bytes``
+        bound the keys and values of what is under way, ``prefix_bytes`` those kept for prompts
+        that begin alike, ``overlay_bytes`` see ``Overlays``."""
+        self._loaded = views.loaded
+        self._overlays = Overlays(views, budget_bytes=overlay_bytes)
         self._max_rows = max_batch_rows
         self._max_pending = max_pending
+        self._chunk_tokens = chunk_tokens
+        self._max_tokens = max(1, cache_bytes // count_token_bytes(views))
+        depth = views.loaded.anatomy.depth
+        self._depth = depth
+        self._reader, self._writer = (MixedModel(views.loaded) for _ in range(2))
+        self._forwards = {
+            mixed: Forward(mixed.model, device=self._loaded.device, pad_id=self._loaded.pad_id)
+            for mixed in (self._reader, self._writer)
+        }
+        self._prefixes = Prefixes(prefix_bytes)
         self._waiting: deque[Request] = deque()
-        self._running: list[Running] = []
+        self._prefills: deque[Prefill] = deque()
+        self._decoding = Decoding(depth)
+        self._steps = self._tokens = self._prompt_tokens = 0
         self._signal = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -80,25 +85,26 @@ class Engine:
         """Queue a prompt; cancelling the future frees its place at the next token.
 
         Raises:
-            ContextExceeded, InvalidInput: the prompt. Overloaded: the queue is full.
+            ContextExceeded, InvalidInput: the prompt. Overloaded: the queue is full, or the view
+            finds no room. JournalError: a delta of the view is missing or damaged.
         """
-        ids = encode_prompt(self._views.loaded, prompt, sampling.max_new_tokens)
-        request = Request(self._views.get(composition), Row(ids, sampling))
+        ids = encode_prompt(self._loaded, prompt, sampling.max_new_tokens)
+        if sampling.max_new_tokens < 1 and not sampling.echo:
+            raise InvalidInput(
+                "Ask for at least one new token, or for the prompt's scores (echo).",
+                field="max_new_tokens",
+            )
+        self._refuse_beyond_queue()
+        request = Request(self._overlays.get(composition), Row(ids, sampling), listener)
         with self._signal:
-            if self._closing:
-                raise ShuttingDown("The server is shutting down.", retry_after=5)
-            if len(self._waiting) >= self._max_pending:
-                raise Overloaded(
-                    f"{self._max_pending} prompts are waiting already; try again in a moment.",
-                    retry_after=1,
-                )
+            self._refuse_beyond_queue()
             self._waiting.append(request)
             self._signal.notify()
         return request.future
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """Raises InvalidInput: see ``app.weights.chat``."""
-        return render_chat(self._views.loaded, messages)
+        return render_chat(self._loaded, messages)
 
     @property
     def alive(self) -> bool:
@@ -106,13 +112,23 @@ class Engine:
         return self._thread.is_alive() and not self._closing
 
     def describe(self) -> Mapping[str, Any]:
-        """Load figures for ``GET /model``."""
+        """Load figures for ``GET /model`` and ``GET /metrics``."""
         with self._signal:
             return {
                 "waiting": len(self._waiting),
-                "running": sum(len(running.requests) for running in self._running),
+                "prefilling": sum(len(prefill.requests) for prefill in self._prefills),
+                "running": len(self._decoding.requests),
+                "views_in_batch": self._writer.reach if self._decoding.requests else 0,
                 "max_batch_rows": self._max_rows,
                 "max_pending": self._max_pending,
+                "steps": self._steps,
+                "tokens": self._tokens,
+                "prompt_tokens": self._prompt_tokens,
+                "prompt_tokens_reused": self._prefixes.hits,
+                "prefix_bytes": self._prefixes.nbytes,
+                "cache_bytes": self._decoding.cache.nbytes,
+                "overlays": len(self._overlays),
+                "overlay_bytes": self._overlays.nbytes,
             }
 
     def close(self) -> None:
@@ -122,67 +138,132 @@ class Engine:
             self._signal.notify()
         self._thread.join()
 
+    def _refuse_beyond_queue(self) -> None:
+        if self._closing:
+            raise ShuttingDown("The server is shutting down.", retry_after=5)
+        if len(self._waiting) >= self._max_pending:
+            raise Overloaded(
+                f"{self._max_pending} prompts are waiting already; try again in a moment.",
+                retry_after=1,
+            )
+
+    @torch.inference_mode()
     def _run(self) -> None:
         while self._admit():
-            for running in list(self._running):
-                self._advance(running)
+            self._read_prompts()
+            self._write_answers()
 
     def _admit(self) -> bool:
-        """Turn waiting requests into batches; sleep while there is nothing to do. ``False``
-        once closed and drained."""
+        """Group what waits and finds room; sleep while there is nothing to do. ``False`` once
+        closed and drained."""
         with self._signal:
-            while not self._waiting and not self._running:
+            self._forget_unwanted()
+            while not (self._waiting or self._prefills or self._decoding.requests):
                 if self._closing:
                     return False
                 self._signal.wait()
-            free = self._max_rows - sum(len(running.requests) for running in self._running)
-            count = max(0, min(free, len(self._waiting)))
-            admitted = [self._waiting.popleft() for _ in range(count)]
-        for requests in plan_batches(
-            [r for r in admitted if not r.future.cancelled()], self._max_rows
-        ):
-            self._start(requests)
+                self._forget_unwanted()
+            admitted = self._take_admissible()
+        for group in plan_groups(admitted):
+            self._begin(group)
         return True
 
-    def _start(self, requests: Sequence[Request]) -> None:
+    def _forget_unwanted(self) -> None:
+        if any(request.unwanted for request in self._waiting):
+            self._waiting = deque(r for r in self._waiting if not r.unwanted)
+
+    def _take_admissible(self) -> list[Request]:
+        """The first that wait, as far as the rows and the memory for keys and values go; one
+        that alone is too long for it is let in when there is no other."""
+        under_way = [r for prefill in self._prefills for r in prefill.requests]
+        under_way += self._decoding.requests
+        count = len(under_way)
+        longest = max((request.row.longest for request in under_way), default=0)
+        admitted: list[Request] = []
+        while self._waiting and count < self._max_rows:
+            longest = max(longest, self._waiting[0].row.longest)
+            if count and (count + 1) * longest > self._max_tokens:
+                break
+            admitted.append(self._waiting.popleft())
+            count += 1
+        return admitted
+
+    def _begin(self, group: list[Request]) -> None:
         try:
-            rows = [request.row for request in requests]
-            batch = RowBatch(requests[0].view.model, self._views.loaded, rows)
+            self._prefills.append(Prefill(group, self._depth, self._prefixes))
         except Exception as error:
-            self._fail(requests, error)
+            self._fail(group, error)
+
+    def _read_prompts(self) -> None:
+        """Read a chunk of the prompts that came first."""
+        if not self._prefills:
             return
-        self._running.append(Running(batch, {id(r.row): r for r in requests}))
-
-    def _advance(self, running: Running) -> None:
-        """One token for a batch; its failure is its own requests' alone."""
+        prefill = self._prefills[0]
         try:
-            self._release_cancelled(running)
-            if running.batch.rows:
-                for row in running.batch.step():
-                    self._deliver(running.requests.pop(id(row)))
+            logits = None
+            if not all(request.unwanted for request in prefill.requests):
+                self._reader.arrange([request.overlay for request in prefill.requests])
+                logits = prefill.step(self._forwards[self._reader], self._chunk_tokens)
+                if logits is None:
+                    return
+            self._prefills.popleft()
+            if logits is not None:
+                self._finish_prefill(prefill, logits)
         except Exception as error:
-            self._fail(list(running.requests.values()), error)
-            running.requests.clear()
-        if not running.requests:
-            self._running.remove(running)
+            self._prefills = deque(p for p in self._prefills if p is not prefill)
+            self._fail(prefill.requests, error)
 
-    def _release_cancelled(self, running: Running) -> None:
-        unwanted = [r for r in running.requests.values() if r.future.cancelled()]
+    def _finish_prefill(self, prefill: Prefill, logits: torch.Tensor) -> None:
+        """Give each prompt its first token, and a row among the answers."""
+        self._prompt_tokens += sum(len(r.row.prompt_ids) for r in prefill.requests)
+        prefill.save_prefixes()
+        ended = self._take_tokens(prefill.requests, logits)
+        going = [row for row in range(len(prefill.requests)) if row not in ended]
+        if going:
+            prefill.cache.keep(going)
+            self._decoding.join([prefill.requests[row] for row in going], prefill.cache)
+
+    def _write_answers(self) -> None:
+        """One token for every answer under way."""
+        decoding = self._decoding
+        unwanted = {row for row, r in enumerate(decoding.requests) if r.unwanted}
         if unwanted:
-            running.batch.drop([request.row for request in unwanted])
-            for request in unwanted:
-                del running.requests[id(request.row)]
-
-    def _deliver(self, request: Request) -> None:
-        if not request.future.set_running_or_notify_cancel():
+            decoding.drop(unwanted)
+        if not decoding.requests:
             return
         try:
-            request.future.set_result(complete(self._views.loaded, request.row))
+            self._writer.arrange([request.overlay for request in decoding.requests])
+            logits = decoding.step(self._forwards[self._writer])
+            ended = self._take_tokens(decoding.requests, logits)
+            self._steps += 1
+            if ended:
+                decoding.drop(ended)
         except Exception as error:
-            request.future.set_exception(error)
+            self._fail(decoding.clear(), error)
+
+    def _take_tokens(self, requests: Sequence[Request], logits: torch.Tensor) -> set[int]:
+        """Choose the requests' next tokens; the places of those whose answers end here."""
+        ended: set[int] = set()
+        choices = choose(logits, [request.row for request in requests])
+        for place, (request, choice) in enumerate(zip(requests, choices, strict=True)):
+            if request.take(choice, self._loaded):
+                continue
+            ended.add(place)
+            request.deliver(self._loaded)
+        self._tokens += len(requests)
+        return ended
 
     def _fail(self, requests: Sequence[Request], error: Exception) -> None:
         log.error("a batch failed", rows=len(requests), error=repr(error))
         for request in requests:
-            if request.future.set_running_or_notify_cancel():
-                request.future.set_exception(error)
+            request.fail(error)
+
+
+def count_token_bytes(views: ViewCache) -> int:
+    """Bytes of a token's keys and values over all layers, at most."""
+    config = views.loaded.model.config
+    heads = getattr(config, "num_attention_heads", 1)
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    size = next(views.loaded.model.get_input_embeddings().parameters()).element_size()
+    return int(2 * views.loaded.anatomy.depth * kept * width * size)

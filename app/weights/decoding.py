@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from app.domain import Completion, Sampling, TokenChoice
+from app.domain import Completion, PromptToken, Sampling, TokenChoice
 from app.errors import Conflict, ContextExceeded, InvalidInput
 from app.reading import Prompt
 from app.weights.cache_argument import cache_argument
 from app.weights.loading import LoadedModel
+from app.weights.text_stream import TextStream
 
 COLDEST = 1e-6  # a temperature below this is as good as greedy, and 1/T must stay finite
 
@@ -46,17 +48,42 @@ def encode_prompt(loaded: LoadedModel, prompt: Prompt, room: int = 0) -> list[in
     return ids
 
 
+Likely: TypeAlias = tuple[tuple[int, float], ...]  # tokens and their log-probabilities, best first
+
+
+class Score(NamedTuple):
+    """A prompt's token, given those before it."""
+
+    logprob: float
+    top: Likely = ()
+
+
+class Choice(NamedTuple):
+    """The token a row goes on with, or why it can't. ``logprob`` in nats, the model's own (before
+    temperature)."""
+
+    token: int
+    logprob: float
+    top: Likely = ()
+    error: Exception | None = None
+
+
 @dataclass(eq=False)
 class Row:
-    """One prompt being continued."""
+    """One prompt being continued. ``scores`` are the prompt's tokens from the second on, scored
+    where ``echo`` asks for it."""
 
     prompt_ids: Sequence[int]
     sampling: Sampling
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    tops: list[Likely] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
     finish_reason: str | None = None
     error: Exception | None = None
     generator: torch.Generator | None = None
+    stream: TextStream | None = None
+    texts: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.sampling.temperature > 0:
@@ -65,6 +92,47 @@ class Row:
                 self.generator.seed()
             else:
                 self.generator.manual_seed(self.sampling.seed)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the answer so far."""
+        return len(self.prompt_ids) + len(self.ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt and of the longest answer it may get."""
+        return len(self.prompt_ids) + self.sampling.max_new_tokens
+
+    def take(self, choice: Choice, loaded: LoadedModel) -> None:
+        """Add a token to the answer, and end it where it ends; where none was asked for, it ends
+        at once."""
+        if choice.error is not None:
+            self.error, self.finish_reason = choice.error, "error"
+            return
+        if self.sampling.max_new_tokens < 1:
+            self.finish_reason = "length"
+            return
+        if choice.token in loaded.end_ids and not self.sampling.ignore_end:
+            self.finish_reason = "stop"
+            return
+        if self.sampling.stop:
+            self.listen(loaded)
+        self.ids.append(choice.token)
+        self.logprobs.append(choice.logprob)
+        self.tops.append(choice.top)
+        if self.stream is not None:
+            self.texts.append(self.stream.add(choice.token))
+        if self.stream is not None and self.stream.stopped:
+            self.finish_reason = "stop"
+        elif len(self.ids) >= self.sampling.max_new_tokens:
+            self.finish_reason = "length"
+
+    def listen(self, loaded: LoadedModel) -> TextStream:
+        """Have the text at hand from now on, token by token."""
+        if self.stream is None:
+            self.stream = TextStream(loaded.tokenizer, self.prompt_ids, self.sampling.stop)
+            self.texts = [self.stream.add(token) for token in self.ids]
+        return self.stream
 
 
 class RowBatch:
@@ -95,12 +163,11 @@ class RowBatch:
     @torch.inference_mode()
     def step(self) -> list[Row]:
         """Give every row one token; returns the rows that ended with it."""
-        logits = self._forward()
-        choices = self._choose(logits)
+        choices = choose(self._forward(), self.rows)
         kept: list[int] = []
         finished: list[Row] = []
-        for index, row in enumerate(self.rows):
-            self._extend(row, *choices[index])
+        for index, (row, choice) in enumerate(zip(self.rows, choices, strict=True)):
+            row.take(choice, self._loaded)
             if row.finish_reason is None:
                 kept.append(index)
             else:
@@ -133,38 +200,6 @@ class RowBatch:
         logits: Tensor = self._model(**known).logits
         return logits[:, -1].float()
 
-    def _choose(self, logits: Tensor) -> list[tuple[int, float]]:
-        """A token and its log-probability (the model's own, before temperature) per row."""
-        logprobs = logits.log_softmax(dim=-1).cpu()
-        greedy = logprobs.argmax(dim=-1).tolist()
-        chosen: list[tuple[int, float]] = []
-        for index, row in enumerate(self.rows):
-            token = greedy[index]
-            if not bool(logprobs[index].isfinite().any()):
-                row.error = Conflict(
-                    "This view's model gives no finite probabilities for the prompt; its edits "
-                    "have worn it out. Revert, or ask another view.",
-                    field="view",
-                )
-            elif row.generator is not None:
-                token = sample_token(logprobs[index], row)
-            chosen.append((token, float(logprobs[index, token])))
-        return chosen
-
-    def _extend(self, row: Row, token: int, logprob: float) -> None:
-        if row.error is not None:
-            row.finish_reason = "error"
-            return
-        if token in self._loaded.end_ids:
-            row.finish_reason = "stop"
-            return
-        row.ids.append(token)
-        row.logprobs.append(logprob)
-        if row.sampling.stop and _find_stop(self._loaded, row) is not None:
-            row.finish_reason = "stop"
-        elif len(row.ids) >= row.sampling.max_new_tokens:
-            row.finish_reason = "length"
-
     def _narrow(self, kept: list[int]) -> None:
         if len(kept) == len(self.rows):
             return
@@ -175,6 +210,43 @@ class RowBatch:
             self._inputs = self._inputs[chosen]
             if self._cache.get_seq_length():
                 self._cache.batch_select_indices(chosen)
+
+
+def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
+    """A token for each row from its next-token ``logits`` ``(rows, vocabulary)`` in fp32."""
+    totals = logits.logsumexp(dim=-1)
+    greedy = logits.argmax(dim=-1)
+    best = logits.gather(1, greedy[:, None])[:, 0] - totals
+    tokens, logprobs, sound = greedy.tolist(), best.tolist(), totals.isfinite().tolist()
+    choices: list[Choice] = []
+    for index, row in enumerate(rows):
+        if not sound[index]:
+            choices.append(Choice(tokens[index], logprobs[index], error=_worn_out()))
+            continue
+        token, logprob = tokens[index], logprobs[index]
+        if row.generator is not None:
+            scores = (logits[index] - totals[index]).cpu()
+            token = sample_token(scores, row)
+            logprob = float(scores[token])
+        top = list_likely(logits[index], totals[index], row.sampling.top_logprobs)
+        choices.append(Choice(token, logprob, top))
+    return choices
+
+
+def list_likely(logits: Tensor, total: Tensor, count: int) -> Likely:
+    """The likeliest tokens of ``logits`` ``(vocabulary,)``, whose logsumexp is ``total``."""
+    if count == 0:
+        return ()
+    best = logits.topk(min(count, logits.numel()))
+    return tuple(zip(best.indices.tolist(), (best.values - total).tolist(), strict=True))
+
+
+def _worn_out() -> Conflict:
+    return Conflict(
+        "This view's model gives no finite probabilities for the prompt; its edits have worn it "
+        "out. Revert, or ask another view.",
+        field="view",
+    )
 
 
 def sample_token(logprobs: Tensor, row: Row) -> int:
@@ -207,25 +279,50 @@ def continuation(loaded: LoadedModel, prompt_ids: Sequence[int], ids: Sequence[i
 
 def complete(loaded: LoadedModel, row: Row) -> Completion:
     """A finished row as an answer. The text is cut at the stop string; ``tokens`` are all that
-    were generated, the one that completed the stop string included.
+    were generated, the one that completed the stop string included. A character that the answer
+    breaks off within is shown at the end of the text, and is no token's.
 
     Raises:
         Conflict: the view's model gives no probabilities any more.
     """
     if row.error is not None:
         raise row.error
-    texts: list[str] = []
-    shown = ""
-    for count in range(1, len(row.ids) + 1):
-        text = continuation(loaded, row.prompt_ids, row.ids[:count])
-        texts.append(text[len(shown) :])
-        shown = text
-    tokens = tuple(
-        TokenChoice(token, text, logprob)
-        for token, text, logprob in zip(row.ids, texts, row.logprobs, strict=True)
+    stream = row.listen(loaded)
+    stream.finish()
+    return Completion(
+        stream.text,
+        row.finish_reason or "length",
+        tuple(
+            TokenChoice(token, text, logprob, name_likely(loaded, top))
+            for token, text, logprob, top in zip(
+                row.ids, row.texts, row.logprobs, row.tops, strict=True
+            )
+        ),
+        len(row.prompt_ids),
+        score_prompt(loaded, row) if row.sampling.echo else (),
     )
-    cut = _find_stop(loaded, row)
-    return Completion(shown if cut is None else shown[:cut], row.finish_reason or "length", tokens)
+
+
+def score_prompt(loaded: LoadedModel, row: Row) -> tuple[PromptToken, ...]:
+    """The prompt's tokens with their scores."""
+    stream = TextStream(loaded.tokenizer, ())
+    texts = [stream.add(token) for token in row.prompt_ids]
+    first = PromptToken(row.prompt_ids[0], texts[0], None)
+    return (
+        first,
+        *(
+            PromptToken(token, text, score.logprob, name_likely(loaded, score.top))
+            for token, text, score in zip(row.prompt_ids[1:], texts[1:], row.scores, strict=True)
+        ),
+    )
+
+
+def name_likely(loaded: LoadedModel, likely: Likely) -> tuple[TokenChoice, ...]:
+    """Tokens with the texts they have on their own."""
+    return tuple(
+        TokenChoice(token, str(loaded.tokenizer.decode([token])), logprob)
+        for token, logprob in likely
+    )
 
 
 def decode_greedily(
@@ -259,12 +356,3 @@ def run_to_end(
         batch = RowBatch(model, loaded, ordered[start : start + batch_rows])
         while batch.rows:
             batch.step()
-
-
-def _find_stop(loaded: LoadedModel, row: Row) -> int | None:
-    """Where the first stop string begins in the row's text."""
-    if not row.sampling.stop:
-        return None
-    text = continuation(loaded, row.prompt_ids, row.ids)
-    found = [at for at in (text.find(stop) for stop in row.sampling.stop) if at >= 0]
-    return min(found, default=None)

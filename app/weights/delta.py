@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -28,9 +28,25 @@ class LowRank:
     left: Tensor
     right: Tensor
 
+    @staticmethod
+    def joined(parts: Sequence[LowRank]) -> LowRank:
+        """The sum of several, at the sum of their ranks."""
+        return LowRank(
+            torch.cat([part.left for part in parts], dim=1),
+            torch.cat([part.right for part in parts], dim=1),
+        )
+
     @property
     def rank(self) -> int:
         return self.left.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.left.nbytes + self.right.nbytes
+
+    def negated(self) -> LowRank:
+        """What takes it away again, up to rounding."""
+        return LowRank(-self.left, self.right)
 
     def times(self, keys: Tensor) -> Tensor:
         """``ΔW K`` ``(d, n)`` for keys ``(d_ff, n)``."""
@@ -185,13 +201,7 @@ def concatenate(deltas: list[Delta]) -> Delta:
         for name, found in delta.keys.items():
             keys.setdefault(name, []).append(found)
     return Delta(
-        {
-            name: LowRank(
-                torch.cat([part.left for part in low], dim=1),
-                torch.cat([part.right for part in low], dim=1),
-            )
-            for name, low in parts.items()
-        },
+        {name: LowRank.joined(low) for name, low in parts.items()},
         {name: torch.cat(found, dim=1) for name, found in keys.items()},
     )
 

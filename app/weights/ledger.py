@@ -13,14 +13,14 @@ arithmetic. With ``N = [K, lifted keys]`` the solve is as large as the set:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from app.domain import Digest
-from app.weights.delta import SubjectRow
+from app.weights.delta import LowRank, SubjectRow
 from app.weights.reproducible import matmul, solve_quasidefinite
 
 KEPT_SUMS = 3
@@ -85,6 +85,19 @@ class Ledger:
         self.keep(key, self._solve(rows) if found is None else found)
         return self._sums[key]
 
+    def factors(self, rows: Mapping[Digest, SubjectRow]) -> dict[str, LowRank]:
+        """The sum of a set as factors, a rank a row and a lifted anchor; as a product they are
+        ``sum`` up to rounding.
+
+        Raises:
+            EditRejected: the rows' keys can't be told apart.
+        """
+        parts: dict[str, list[LowRank]] = {}
+        for name, system, members in self._systems_of(rows):
+            weights = _weigh_rows(system, members, name).T
+            parts.setdefault(name, []).append(LowRank(weights.float(), system.solved.T))
+        return {name: LowRank.joined(found) for name, found in parts.items()}
+
     def find(self, rows: frozenset[Digest]) -> dict[str, Tensor] | None:
         """The sum of a set if it is among those kept."""
         return self._sums.get(rows)
@@ -98,18 +111,24 @@ class Ledger:
 
     def _solve(self, rows: Mapping[Digest, SubjectRow]) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
+        for name, system, members in self._systems_of(rows):
+            part = matmul(_weigh_rows(system, members, name).T, system.solved).float()
+            sums[name] = sums[name] + part if name in sums else part
+        return sums
+
+    def _systems_of(
+        self, rows: Mapping[Digest, SubjectRow]
+    ) -> Iterator[tuple[str, _System, list[SubjectRow]]]:
+        """Each matrix with the system of the rows that share a basis, and those rows."""
         for basis, name in sorted({(r.basis, name) for r in rows.values() for name in r.vectors}):
             members = {
                 digest: rows[digest]
                 for digest in sorted(rows)
                 if rows[digest].basis == basis and name in rows[digest].vectors
             }
-            columns = _read_columns(members, name)
-            system = _renew(self._systems.get((basis, name)), columns)
+            system = _renew(self._systems.get((basis, name)), _read_columns(members, name))
             self._systems[basis, name] = system
-            part = _solve_system(system, list(members.values()), name).float()
-            sums[name] = sums[name] + part if name in sums else part
-        return sums
+            yield name, system, list(members.values())
 
 
 def _read_columns(rows: Mapping[Digest, SubjectRow], matrix: str) -> dict[str, _Column]:
@@ -141,8 +160,9 @@ def _read_system(columns: Mapping[str, _Column]) -> _System:
     return _System(tuple(columns), keys, solved, matmul(keys, solved.T))
 
 
-def _solve_system(system: _System, rows: Sequence[SubjectRow], matrix: str) -> Tensor:
-    """``[R, 0] (D⁻¹ + NᵀA₀⁻¹N)⁻¹ NᵀA₀⁻¹`` ``(d, d_ff)`` in fp64."""
+def _weigh_rows(system: _System, rows: Sequence[SubjectRow], matrix: str) -> Tensor:
+    """``(D⁻¹ + NᵀA₀⁻¹N)⁻¹ [R, 0]ᵀ`` ``(n, d)`` in fp64: what each column of ``solved`` is
+    multiplied by."""
     residuals = torch.stack([row.vectors[matrix].residual.double() for row in rows])
     right = residuals.new_zeros(len(system.order), residuals.shape[1])
     right[: len(rows)] = residuals
@@ -150,4 +170,4 @@ def _solve_system(system: _System, rows: Sequence[SubjectRow], matrix: str) -> T
     core.diagonal()[: len(rows)].add_(1.0)
     if len(system.order) > len(rows):
         core.diagonal()[len(rows) :].sub_(1.0 / rows[0].anchor_weight)
-    return matmul(solve_quasidefinite(core, right, len(rows)).T, system.solved)
+    return solve_quasidefinite(core, right, len(rows))

@@ -9,7 +9,7 @@ snapshot if snapshots are kept.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from app.domain import BaseIdentity, Composition, Digest
-from app.weights.delta import Delta, SubjectRow
+from app.weights.delta import Delta, LowRank, SubjectRow
 from app.weights.digest import combined_digest
 from app.weights.fold import accumulate, materialise
 from app.weights.fork import fork, graft, graft_branch, is_dispatched
@@ -30,6 +30,7 @@ from app.weights.snapshots import LiveSums, SnapshotStore
 
 DeltaLoader = Callable[[Digest], bytes]
 KEPT_SUMS = 3  # the live one, its predecessor and a candidate: a commit then folds one delta
+KEPT_PASSING = 8  # views that were made on the way to something else
 KEPT_ROWS = 8192  # of the ledger: a key, its solution and a residual each
 
 
@@ -90,6 +91,7 @@ class ViewCache:
         self._lock = threading.Lock()
         self._building = threading.Lock()
         self._resident: OrderedDict[Composition, View] = OrderedDict()
+        self._passing: OrderedDict[Composition, View] = OrderedDict()
         self._sums: OrderedDict[Composition, dict[str, Tensor]] = OrderedDict()
         self._rows: OrderedDict[Digest, SubjectRow] = OrderedDict()
         self._snapshots = snapshots
@@ -121,6 +123,57 @@ class ViewCache:
     def private(self, composition: Composition) -> PreTrainedModel:
         """A fork of a view for one caller alone, free to be hooked and grafted."""
         return fork(self.get(composition).model)
+
+    @property
+    def live(self) -> View:
+        """The view pinned as the live one."""
+        return self._live
+
+    def find(self, composition: Composition) -> View | None:
+        """The view of a composition if it is resident."""
+        return self._find(composition)
+
+    def anchor(self, composition: Composition) -> View:
+        """The view of a composition, kept within the budget for reads to come.
+
+        Raises:
+            JournalError: a delta is missing or damaged.
+        """
+        view = self.get(composition)
+        with self._lock:
+            if self._passing.pop(composition, None) is not None:
+                self._resident[composition] = view
+            self._trim()
+        return view
+
+    def factors(
+        self, composition: Composition, base: Composition, max_rank: int
+    ) -> dict[str, LowRank] | None:
+        """What a state has beyond another one, as factors by matrix name; ``None`` where it is
+        of full rank, or where a matrix would need more than ``max_rank``.
+
+        Raises:
+            JournalError: a delta is missing or damaged.
+        """
+        with self._building:
+            changes, rows = self._divide(composition)
+            less_changes, less_rows = self._divide(base)
+            parts: dict[str, list[LowRank]] = {}
+            for sign, digest in difference_of(changes, less_changes):
+                for name, change in self.delta(digest).changes.items():
+                    if not isinstance(change, LowRank):
+                        return None
+                    parts.setdefault(name, []).append(change if sign > 0 else change.negated())
+            if set(rows) != set(less_rows):
+                if max(len(rows), len(less_rows)) > max_rank:
+                    return None
+                for name, factor in self._ledger.factors(self.rows(rows)).items():
+                    parts.setdefault(name, []).append(factor)
+                for name, factor in self._ledger.factors(self.rows(less_rows)).items():
+                    parts.setdefault(name, []).append(factor.negated())
+        if any(sum(part.rank for part in found) > max_rank for found in parts.values()):
+            return None
+        return {name: LowRank.joined(found) for name, found in parts.items()}
 
     def delta(self, digest: Digest) -> Delta:
         """A stored delta.
@@ -154,6 +207,7 @@ class ViewCache:
         with self._lock:
             former, self._live = self._live, view
             self._resident.pop(view.composition, None)
+            self._passing.pop(view.composition, None)
         self._keep(former)
         if self._snapshots is not None and (live := self._live_sums()):
             self._snapshots.offer(live)
@@ -173,6 +227,7 @@ class ViewCache:
             view = self._build(composition)
             with self._lock:
                 self._resident.pop(composition, None)
+                self._passing.pop(composition, None)
                 if self._live.composition == composition:
                     self._live = view
             self._keep(view)
@@ -188,7 +243,7 @@ class ViewCache:
         """What is loaded, and how much of it is resident."""
         model, config = self.loaded.model, self.loaded.model.config
         with self._lock:
-            views = [self._live, *self._resident.values()]
+            views = [self._live, *self._resident.values(), *self._passing.values()]
         return {
             "name": self.base.name,
             "architecture": config.model_type,
@@ -211,22 +266,31 @@ class ViewCache:
         if live.composition == composition:
             return live
         with self._lock:
-            view = self._resident.get(composition)
-            if view is not None:
-                self._resident.move_to_end(composition)
-            return view
+            for kept in (self._resident, self._passing):
+                if composition in kept:
+                    kept.move_to_end(composition)
+                    return kept[composition]
+        return None
 
     def _keep(self, view: View) -> None:
-        """Let the least recently used views go once the budget is spent; a generation that
-        still runs on one keeps it alive until its end."""
+        """Remember a view for what follows its making: its hash, its evaluation, the next edit.
+        Reads keep the views they need by ``anchor``."""
         with self._lock:
-            if view is self._base or view is self._live:
+            if view is self._base or view is self._live or view.composition in self._resident:
                 return
-            self._resident[view.composition] = view
-            self._resident.move_to_end(view.composition)
-            spent = sum(kept.nbytes for kept in self._resident.values())
-            while spent > self._budget and len(self._resident) > 1:
-                _, dropped = self._resident.popitem(last=False)
+            self._passing[view.composition] = view
+            self._passing.move_to_end(view.composition)
+            self._trim()
+
+    def _trim(self) -> None:
+        """Let the least recently used views go; a generation that still runs on one keeps it
+        alive until its end."""
+        while len(self._passing) > KEPT_PASSING:
+            self._passing.popitem(last=False)
+        spent = sum(v.nbytes for kept in (self._passing, self._resident) for v in kept.values())
+        for kept in (self._resident, self._passing):
+            while spent > self._budget and len(self._resident) + len(self._passing) > 1 and kept:
+                _, dropped = kept.popitem(last=False)
                 spent -= dropped.nbytes
 
     def _build(self, composition: Composition) -> View:
@@ -350,3 +414,15 @@ class ViewCache:
             return total.clone()
         base = self.loaded.anatomy.orient(self.loaded.model.get_parameter(name))
         return torch.zeros(base.shape, dtype=torch.float32, device=base.device)
+
+
+def difference_of(state: Composition, other: Composition) -> list[tuple[int, Digest]]:
+    """The deltas to add (1) and to take away (-1) to get from ``other`` to ``state``, each as
+    often as it counts."""
+    counts = Counter(state)
+    counts.subtract(Counter(other))
+    return [
+        (1 if count > 0 else -1, digest)
+        for digest, count in counts.items()
+        for _ in range(abs(count))
+    ]

@@ -7,17 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from app.domain import Sampling
 from app.editing.editor import Editor
-from app.engine.engine import Engine, Request, plan_batches
-from app.errors import Conflict, ContextExceeded, Overloaded
-from app.weights.decoding import Row, RowBatch, decode_greedily
+from app.engine.decoding import Decoding
+from app.engine.engine import Engine
+from app.engine.forward import Forward
+from app.engine.prefill import Prefill
+from app.errors import Conflict, ContextExceeded, InvalidInput, Overloaded
+from app.reading import Piece
+from app.weights.decoding import decode_greedily
 from app.weights.delta import Delta, Dense
 from app.weights.views import ViewCache
 from tests.editing.conftest import FACTS
 from tests.tiny import MemoryDeltas, TinyModels
 
+SECONDS = 60
 PROMPTS = ["The capital of France is", "Berlin lies in", "Madrid", "Italy borders Spain and"]
 
 
@@ -49,7 +55,7 @@ def test_answers_of_many_clients_on_many_views_are_those_given_alone(
     futures = [engine.generate(state, prompt, Sampling(10)) for state, prompt in jobs]
     for (state, prompt), future in zip(jobs, futures, strict=True):
         model = views.get(state).model
-        assert future.result(30).text == decode_greedily(model, views.loaded, [prompt], 10)[0]
+        assert future.result(SECONDS).text == decode_greedily(model, views.loaded, [prompt], 10)[0]
 
 
 def test_a_request_keeps_its_view_whatever_is_committed_meanwhile(
@@ -71,7 +77,7 @@ def test_a_request_keeps_its_view_whatever_is_committed_meanwhile(
 def test_a_short_answer_does_not_wait_for_a_long_one(engine: Engine) -> None:
     long = engine.generate((), PROMPTS[0], Sampling(100, temperature=0.01, seed=1))
     short = engine.generate((), PROMPTS[1], Sampling(1))
-    short.result(30)
+    short.result(SECONDS)
     assert not long.done() or len(long.result().tokens) < 100
 
 
@@ -79,13 +85,13 @@ def test_a_full_queue_is_refused_with_a_time_to_come_back(
     views: ViewCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
-    step = RowBatch.step
+    step = Decoding.step
 
-    def wait(batch: RowBatch) -> list[Row]:
-        gate.wait(30)
-        return step(batch)
+    def wait(decoding: Decoding, forward: Forward) -> Tensor:
+        gate.wait(SECONDS)
+        return step(decoding, forward)
 
-    monkeypatch.setattr(RowBatch, "step", wait)
+    monkeypatch.setattr(Decoding, "step", wait)
     engine = Engine(views, max_batch_rows=1, max_pending=2)
     accepted = [engine.generate((), PROMPTS[0], Sampling(2))]
     while engine.describe()["running"] == 0:
@@ -95,7 +101,7 @@ def test_a_full_queue_is_refused_with_a_time_to_come_back(
         engine.generate((), PROMPTS[0], Sampling(2))
     assert caught.value.retry_after >= 1
     gate.set()
-    assert len({future.result(30).text for future in accepted}) == 1
+    assert len({future.result(SECONDS).text for future in accepted}) == 1
     engine.close()
 
 
@@ -103,20 +109,20 @@ def test_a_cancelled_request_frees_its_place_long_before_its_end(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
-    step = RowBatch.step
+    step = Decoding.step
 
-    def count(batch: RowBatch) -> list[Row]:
-        steps.append(len(batch.rows))
-        return step(batch)
+    def count(decoding: Decoding, forward: Forward) -> Tensor:
+        steps.append(len(decoding.requests))
+        return step(decoding, forward)
 
-    monkeypatch.setattr(RowBatch, "step", count)
+    monkeypatch.setattr(Decoding, "step", count)
     sampling = Sampling(110, temperature=0.001, seed=1)
     futures = [engine.generate((), PROMPTS[0], sampling) for _ in range(4)]
     while not steps:
         time.sleep(0.001)
     for future in futures:
         future.cancel()
-    assert engine.generate((), PROMPTS[1], Sampling(2)).result(30).tokens
+    assert engine.generate((), PROMPTS[1], Sampling(2)).result(SECONDS).tokens
     assert len(steps) < 60
 
 
@@ -134,7 +140,7 @@ def test_the_coldest_sampling_is_greedy_and_harms_no_one(
     greedy = decode_greedily(views.get(()).model, views.loaded, [PROMPTS[0]], 3)[0]
     cold = engine.generate((), PROMPTS[0], sampling)
     other = engine.generate((), PROMPTS[0], Sampling(3))
-    assert cold.result(30).text == other.result(30).text == greedy
+    assert cold.result(SECONDS).text == other.result(SECONDS).text == greedy
 
 
 def test_a_view_without_finite_probabilities_says_so(
@@ -145,40 +151,53 @@ def test_a_view_without_finite_probabilities_says_so(
     broken = Delta({loaded.anatomy.matrix_name(1): Dense(torch.full(shape, float("nan")))})
     state = (deltas.add(broken.to_bytes()),)
     with pytest.raises(Conflict, match="no finite probabilities"):
-        engine.generate(state, PROMPTS[0], Sampling(3, temperature=1.0, seed=0)).result(30)
+        engine.generate(state, PROMPTS[0], Sampling(3, temperature=1.0, seed=0)).result(SECONDS)
 
 
-@pytest.mark.parametrize("broken", ["__init__", "complete"])
+BREAKABLE = [
+    "app.engine.prefill.Prefill.__init__",
+    "app.engine.prefill.Prefill.step",
+    "app.engine.prefill.Prefill.save_prefixes",
+    "app.engine.decoding.Decoding.join",
+    "app.engine.decoding.Decoding.step",
+    "app.engine.engine.choose",
+    "app.engine.request.complete",
+]
+
+
+@pytest.mark.parametrize("broken", BREAKABLE)
 def test_whatever_breaks_callers_are_told_and_the_engine_lives(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory")
 
+    expected = engine.generate((), PROMPTS[0], Sampling(3)).result(SECONDS)
     with monkeypatch.context() as patch:
-        if broken == "complete":
-            patch.setattr("app.engine.engine.complete", fail)
-        else:
-            patch.setattr(RowBatch, broken, fail)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            engine.generate((), PROMPTS[0], Sampling(3)).result(30)
+        patch.setattr(broken, fail)
+        for future in [engine.generate((), prompt, Sampling(3)) for prompt in PROMPTS]:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                future.result(SECONDS)
     assert engine.alive
-    assert engine.generate((), PROMPTS[0], Sampling(3)).result(30).tokens
+    assert engine.describe()["running"] == engine.describe()["prefilling"] == 0
+    assert engine.generate((), PROMPTS[0], Sampling(3)).result(SECONDS).text == expected.text
 
 
-def test_a_failing_batch_fails_its_own_requests_only(
+def test_prompts_that_can_not_be_read_fail_alone(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = RowBatch.step
+    going = engine.generate((), PROMPTS[0], Sampling(100, ignore_end=True))
+    while engine.describe()["running"] == 0:
+        time.sleep(0.001)
+    with monkeypatch.context() as patch:
 
-    def break_once(batch: RowBatch) -> list[Row]:
-        monkeypatch.setattr(RowBatch, "step", step)
-        raise RuntimeError("out of memory")
+        def fail(*_: object) -> None:
+            raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(RowBatch, "step", break_once)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        engine.generate((), PROMPTS[0], Sampling(3)).result(30)
-    assert engine.generate((), PROMPTS[0], Sampling(3)).result(30).tokens
+        patch.setattr(Prefill, "step", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.generate((), PROMPTS[1], Sampling(3)).result(SECONDS)
+    assert len(going.result(SECONDS).tokens) == 100
 
 
 def test_a_prompt_that_does_not_fit_is_refused_at_once(engine: Engine) -> None:
@@ -195,12 +214,93 @@ def test_closing_answers_what_was_accepted_and_refuses_the_rest(views: ViewCache
         engine.generate((), PROMPTS[0], Sampling(2))
 
 
-def test_requests_are_grouped_by_view_in_order_and_within_the_bound(
+def test_a_listener_hears_the_answer_as_it_comes(engine: Engine) -> None:
+    heard: list[Piece] = []
+    sampling = Sampling(20, temperature=1.5, seed=3, top_logprobs=2)
+    answer = engine.generate((), PROMPTS[0], sampling, heard.append).result(SECONDS)
+    assert "".join(piece.text for piece in heard) == answer.text
+    assert tuple(token for piece in heard for token in piece.tokens) == answer.tokens
+    assert len(heard) >= len(answer.tokens) > 3
+    assert answer.text == engine.generate((), PROMPTS[0], sampling).result(SECONDS).text
+
+
+def test_a_listener_never_hears_what_a_stop_string_takes_away(engine: Engine) -> None:
+    sampling = Sampling(40, ignore_end=True)
+    whole = engine.generate((), PROMPTS[0], sampling).result(SECONDS).text
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 4]
+    heard: list[Piece] = []
+    sampling = Sampling(40, ignore_end=True, stop=(stop, "§§§"))
+    answer = engine.generate((), PROMPTS[0], sampling, heard.append).result(SECONDS)
+    assert "".join(piece.text for piece in heard) == answer.text == whole[: whole.index(stop)]
+    assert answer.finish_reason == "stop"
+
+
+def test_a_listener_that_fails_harms_nobody(engine: Engine) -> None:
+    def fail(_: Piece) -> None:
+        raise RuntimeError("gone")
+
+    loud = engine.generate((), PROMPTS[0], Sampling(10), fail)
+    quiet = engine.generate((), PROMPTS[0], Sampling(10))
+    assert loud.result(SECONDS).text == quiet.result(SECONDS).text
+
+
+def test_a_prompt_scored_is_what_the_model_thinks_of_it(
     views: ViewCache, edited: list[tuple[str, ...]]
 ) -> None:
-    first, second = views.get(edited[0]), views.get(edited[1])
-    requests = [
-        Request(view, Row([1, 2], Sampling(1))) for view in (first, second, first, first, second)
-    ]
-    groups = plan_batches(requests, max_rows=2)
-    assert groups == [[requests[0], requests[2]], [requests[3]], [requests[1], requests[4]]]
+    """In chunks that end anywhere, beside prompts that are not scored, on any view."""
+    engine = Engine(views, chunk_tokens=5)
+    jobs = [(state, prompt) for state in edited for prompt in PROMPTS]
+    sampling = Sampling(0, echo=True, top_logprobs=3)
+    futures = [engine.generate(state, prompt, sampling) for state, prompt in jobs]
+    beside = [engine.generate(state, prompt, Sampling(5)) for state, prompt in jobs]
+    for (state, prompt), future in zip(jobs, futures, strict=True):
+        answer = future.result(SECONDS)
+        ids = views.loaded.encode(prompt)
+        with torch.inference_mode():
+            logits = views.get(state).model(input_ids=torch.tensor([ids])).logits[0]
+        expected = logits.log_softmax(-1)
+        assert [token.id for token in answer.prompt] == ids
+        assert answer.prompt[0].logprob is None
+        assert answer.tokens == ()
+        assert (answer.text, answer.finish_reason) == ("", "length")
+        for place, token in enumerate(answer.prompt[1:]):
+            assert token.logprob == pytest.approx(float(expected[place, token.id]), abs=1e-4)
+            best = expected[place].topk(3)
+            assert [t.id for t in token.top] == best.indices.tolist()
+            assert [t.logprob for t in token.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert all(future.result(SECONDS).tokens for future in beside)
+    engine.close()
+
+
+def test_token_ids_are_taken_as_they_are(engine: Engine, views: ViewCache) -> None:
+    ids = tuple(views.loaded.encode(PROMPTS[0]))
+    by_ids = engine.generate((), ids, Sampling(8)).result(SECONDS)
+    by_text = engine.generate((), PROMPTS[0], Sampling(8)).result(SECONDS)
+    assert [token.id for token in by_ids.tokens] == [token.id for token in by_text.tokens]
+    with pytest.raises(InvalidInput, match="no token 400"):
+        engine.generate((), (1, 400), Sampling(8))
+    with pytest.raises(InvalidInput, match="at least one new token"):
+        engine.generate((), ids, Sampling(0))
+
+
+def test_what_is_under_way_keeps_within_the_memory_for_keys_and_values(
+    views: ViewCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = views.loaded.model.config
+    token = 2 * 4 * config.num_hidden_layers * config.hidden_size
+    engine = Engine(views, cache_bytes=token * 3 * 40)
+    seen: list[int] = []
+    step = Decoding.step
+
+    def watch(decoding: Decoding, forward: Forward) -> Tensor:
+        seen.append(len(decoding.requests))
+        return step(decoding, forward)
+
+    monkeypatch.setattr(Decoding, "step", watch)
+    sampling = Sampling(30, ignore_end=True)
+    futures = [engine.generate((), PROMPTS[2], sampling) for _ in range(9)]
+    assert len({future.result(SECONDS).text for future in futures}) == 1
+    assert max(seen) == 3
+    too_long = engine.generate((), PROMPTS[2], Sampling(121, ignore_end=True))
+    assert len(too_long.result(SECONDS).tokens) == 121
+    engine.close()

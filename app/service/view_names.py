@@ -41,7 +41,7 @@ class ViewNames:
                 field=field,
             )
         composition = self.sandbox_state(sandbox)
-        self._live.verify(sandbox.id, composition, sandbox.state_hash)
+        self._live.verify_once(sandbox.id, composition, sandbox.state_hash)
         return ResolvedView(view, composition, sandbox=sandbox.id)
 
     def resolve_number(self, view: str, field: str, otherwise: str) -> int:
@@ -74,5 +74,5 @@ class ViewNames:
             error.field = field
             raise
         composition = self._journal.composition(number)
-        self._live.verify(recorded.id, composition, recorded.state_hash)
+        self._live.verify_once(recorded.id, composition, recorded.state_hash)
         return ResolvedView(view, composition, revision=number)

@@ -42,7 +42,7 @@ class Engine:
         self,
         views: ViewCache,
         *,
-        max_batch_rows: int = 32,
+        max_batch_rows: int = 64,
         max_pending: int = 256,
         chunk_tokens: int = 512,
         cache_bytes: int = 2 << 30,
@@ -161,6 +161,7 @@ class Engine:
             while not (self._waiting or self._prefills or self._decoding.requests):
                 if self._closing:
                     return False
+                self._writer.arrange(())  # lets the views go
                 self._signal.wait()
                 self._forget_unwanted()
             admitted = self._take_admissible()
@@ -207,6 +208,7 @@ class Engine:
                 if logits is None:
                     return
             self._prefills.popleft()
+            self._reader.arrange(())
             if logits is not None:
                 self._finish_prefill(prefill, logits)
         except Exception as error:

@@ -60,7 +60,7 @@ class Overlays:
         self._lock = threading.Lock()
         self._kept: OrderedDict[Composition, Overlay] = OrderedDict()
         self._kept_bytes = 0
-        self._anchors: WeakSet[View] = WeakSet()
+        self._in_use: WeakSet[Overlay] = WeakSet()  # those with an anchor to themselves
 
     def get(self, composition: Composition) -> Overlay:
         """How a state is read now.
@@ -69,7 +69,7 @@ class Overlays:
             JournalError: a delta is missing or damaged. Overloaded: it needs an anchor of its
             own, and those in use take all the memory there is for them.
         """
-        resident = self._views.find(composition)
+        resident = self._views.find(composition) or self._find_in_use(composition)
         if resident is not None:
             return self._stand_on(resident)
         with self._lock:
@@ -92,9 +92,16 @@ class Overlays:
         return len(self._kept)
 
     def _stand_on(self, view: View) -> Overlay:
+        overlay = Overlay(view.composition, view, {})
         with self._lock:
-            self._anchors.add(view)
-        return Overlay(view.composition, view, {})
+            self._in_use.add(overlay)
+        return overlay
+
+    def _find_in_use(self, composition: Composition) -> View | None:
+        """A view that was let go while somebody still reads it."""
+        with self._lock:
+            found = [o.anchor for o in self._in_use if o.composition == composition]
+        return found[0] if found else None
 
     def _lay(self, composition: Composition) -> Overlay | None:
         """Factors on the base or the live view, whichever is nearer."""
@@ -116,8 +123,8 @@ class Overlays:
 
     def _refuse_beyond_budget(self) -> None:
         with self._lock:
-            standing = {self._views.get(()), self._views.live}
-            held = sum(view.nbytes for view in self._anchors if view not in standing)
+            anchors = {overlay.anchor for overlay in self._in_use} - {self._views.live}
+        held = sum(view.nbytes for view in anchors)
         if held >= self._budget:
             raise Overloaded(
                 f"The views being read hold {held:,} bytes of weights of their own, and "

@@ -294,7 +294,7 @@ class ViewCache:
                 spent -= dropped.nbytes
 
     def _build(self, composition: Composition) -> View:
-        anatomy = self.loaded.anatomy
+        anatomy, device = self.loaded.anatomy, self.loaded.device
         matrices: dict[str, Tensor] = {}
         with torch.inference_mode(False), torch.no_grad():
             sums = self._sum(composition)
@@ -307,6 +307,8 @@ class ViewCache:
             graft(model, matrices)
         else:
             model = graft_branch(self.loaded.model, matrices)
+        if device.type == "cuda":  # whoever reads the view may compute on another stream
+            torch.cuda.current_stream(device).synchronize()
         return View(composition, model, matrices, self.base.digest)
 
     def _sum(self, composition: Composition) -> Sums:

@@ -72,8 +72,19 @@ def test_the_sum_is_the_least_squares_solution() -> None:
     torch.testing.assert_close(total.double(), plain_sum(ROWS), rtol=1e-5, atol=1e-6)
 
 
+def test_the_factors_of_a_set_are_its_sum() -> None:
+    """Two bases' systems side by side, a rank a row and a lifted anchor."""
+    factor = Ledger().factors(ROWS)[NAME]
+    torch.testing.assert_close(
+        factor.left.double() @ factor.right.double().T, plain_sum(ROWS), rtol=1e-4, atol=1e-5
+    )
+    columns = {name for row in ROWS.values() for name in (*row.anchors, row.subject)}
+    assert len(columns) <= factor.rank <= 2 * len(columns)
+
+
 def test_no_rows_add_nothing() -> None:
     assert Ledger().sum({}) == {}
+    assert Ledger().factors({}) == {}
 
 
 @settings(max_examples=60, deadline=None)

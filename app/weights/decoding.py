@@ -18,6 +18,7 @@ from app.weights.cache_argument import cache_argument
 from app.weights.loading import LoadedModel
 from app.weights.text_stream import TextStream
 
+NUCLEUS = 1_024  # tokens that mostly hold top-p's mass; sorting a whole vocabulary takes longer
 COLDEST = 1e-6  # a temperature below this is as good as greedy, and 1/T must stay finite
 
 
@@ -255,15 +256,17 @@ def sample_token(logprobs: Tensor, row: Row) -> int:
     scaled = (logprobs.double() / max(sampling.temperature, COLDEST)).softmax(dim=-1)
     if not sampling.top_k and sampling.top_p >= 1:
         return int(torch.multinomial(scaled, 1, generator=row.generator))
-    ordered, tokens = scaled.sort(descending=True)
-    if sampling.top_k:
-        ordered[sampling.top_k :] = 0
+    ordered, tokens = scaled.topk(min(sampling.top_k or NUCLEUS, scaled.numel()))
     if sampling.top_p < 1:
+        if not sampling.top_k and float(ordered.sum()) < sampling.top_p:
+            ordered, tokens = scaled.sort(descending=True)
         before = ordered.cumsum(dim=-1) - ordered
         beyond = before >= sampling.top_p
         beyond[0] = False
         ordered[beyond] = 0
-    return int(tokens[torch.multinomial(ordered, 1, generator=row.generator)])
+    drawn = scaled.new_zeros(scaled.shape)  # as long as the vocabulary, however many are kept:
+    drawn[: len(ordered)] = ordered  # a seed then draws the same token
+    return int(tokens[torch.multinomial(drawn, 1, generator=row.generator)])
 
 
 def continuation(loaded: LoadedModel, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:

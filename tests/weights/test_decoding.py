@@ -1,11 +1,21 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from app.domain import Sampling
 from app.errors import ContextExceeded, InvalidInput
-from app.weights.decoding import Row, RowBatch, complete, decode_greedily, encode_prompt, run_to_end
+from app.weights.decoding import (
+    Row,
+    RowBatch,
+    complete,
+    decode_greedily,
+    encode_prompt,
+    run_to_end,
+    sample_token,
+)
 from app.weights.loading import LoadedModel
 from tests.tiny import CONFIGS, TinyModels
 
@@ -130,3 +140,30 @@ def test_nothing_to_continue_is_invalid_input(
     monkeypatch.setattr(type(loaded.tokenizer), "__call__", lambda *_, **__: {"input_ids": []})
     with pytest.raises(InvalidInput, match="empty"):
         encode_prompt(loaded, "")
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(top_p=0.5, temperature=1.0),
+        Sampling(top_p=0.999, temperature=1.3),  # more tokens than are looked at first
+        Sampling(top_k=7, temperature=0.7),
+        Sampling(top_k=50, top_p=0.8, temperature=1.0),
+    ],
+)
+def test_samples_come_from_the_likeliest_tokens_in_their_shares(sampling: Sampling) -> None:
+    """Against the definition: sort all, keep the first ``top_k`` and those before which less
+    than ``top_p`` lies, and renormalise."""
+    logprobs = (2 * torch.randn(3_000, generator=torch.Generator().manual_seed(0))).log_softmax(-1)
+    shares = (logprobs.double() / sampling.temperature).softmax(-1)
+    ordered, tokens = shares.sort(descending=True)
+    kept = ordered.cumsum(-1) - ordered < sampling.top_p
+    if sampling.top_k:
+        kept[sampling.top_k :] = False
+    allowed = tokens[kept]
+    row = Row([1], replace(sampling, seed=5))
+    drawn = torch.tensor([sample_token(logprobs, row) for _ in range(2_000)])
+    assert set(drawn.tolist()) <= set(allowed.tolist())
+    likeliest = float(ordered[0] / ordered[kept].sum())
+    share = float((drawn == tokens[0]).double().mean())
+    assert share == pytest.approx(likeliest, abs=4 * (likeliest / 2_000) ** 0.5)

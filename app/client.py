@@ -6,7 +6,7 @@ import hashlib
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -19,16 +19,20 @@ from pydantic import BaseModel, ValidationError
 from app import errors
 from app.api.job_schemas import JobEventOut, JobOut, JobPage
 from app.api.schemas import (
+    EVENTS,
     FOLDER_PATTERN,
     CheckpointOut,
     CheckpointPage,
+    DoneEvent,
     EditOut,
     EditPage,
     ExportFileOut,
     ExportFilesOut,
     ExportOut,
     ExportPage,
+    FailedEvent,
     Generation,
+    GenerationEvent,
     HeadMoved,
     Health,
     Methods,
@@ -50,6 +54,7 @@ from app.jobs import JobStatus
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_SECONDS = 5.0
+PATIENCE = httpx.Timeout(None, connect=CONNECT_SECONDS)
 SILENCE = httpx.Timeout(60, connect=CONNECT_SECONDS)  # on a stream with a heartbeat every 15 s
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -87,7 +92,7 @@ class Client:
             self._http = httpx.Client(
                 base_url=self.base_url,
                 headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
-                timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
+                timeout=PATIENCE,
                 transport=transport,
             )
         except httpx.InvalidURL as error:
@@ -203,7 +208,12 @@ class Client:
         top_k: int = 0,
         seed: int | None = None,
         stop: Sequence[str] = (),
+        top_logprobs: int = 0,
+        ignore_end: bool = False,
+        on_commit: str | None = None,
     ) -> Generation:
+        """``on_commit``: what becomes of the answers when a commit moves the live view, ``pin``,
+        ``drain`` or ``restart``; by default as the server is set."""
         body = {
             "prompt": prompt,
             "views": list(views),
@@ -213,8 +223,49 @@ class Client:
             "top_k": top_k,
             "seed": seed,
             "stop": list(stop),
+            "top_logprobs": top_logprobs,
+            "ignore_end": ignore_end,
         }
-        return self._post("/generate", body, Generation)
+        return self._post("/generate", body, Generation, _policy(on_commit))
+
+    def generate_stream(
+        self,
+        prompt: str,
+        *,
+        views: Sequence[str] = ("live",),
+        max_new_tokens: int = 32,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        top_logprobs: int = 0,
+        ignore_end: bool = False,
+        on_commit: str | None = None,
+    ) -> Iterator[GenerationEvent]:
+        """The same answers as they come: for each view, by its ``index``, pieces of text and one
+        last ``DoneEvent``, or a ``FailedEvent`` while the others go on. Closing the iterator
+        gives the answers up."""
+        body = {
+            "prompt": prompt,
+            "views": list(views),
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "seed": seed,
+            "stop": list(stop),
+            "top_logprobs": top_logprobs,
+            "ignore_end": ignore_end,
+            "stream": True,
+        }
+        running = len(views)
+        with self._stream_answers(body, _policy(on_commit)) as response:
+            for event in _read_answers(response.iter_lines()):
+                yield event
+                running -= isinstance(event, DoneEvent | FailedEvent)
+        if running:
+            raise errors.Unreachable("The stream ended before the answer did; try again.")
 
     def probe(
         self,
@@ -481,10 +532,21 @@ class Client:
             yield response
 
     @contextmanager
-    def _stream(self, path: str, headers: Headers = None) -> Iterator[httpx.Response]:
+    def _stream_answers(self, body: Json, headers: Headers) -> Iterator[httpx.Response]:
+        asked = self._stream("/generate", headers, verb="POST", json=body, timeout=PATIENCE)
+        with asked as response:
+            if not _is_event_stream(response):
+                raise self._strange("event stream")
+            yield response
+
+    @contextmanager
+    def _stream(
+        self, path: str, headers: Headers = None, *, verb: str = "GET", **content: Any
+    ) -> Iterator[httpx.Response]:
+        given = {"timeout": SILENCE, "headers": headers, **content}
         with (
             self._reaching_server(),
-            self._http.stream("GET", path, headers=headers, timeout=SILENCE) as response,
+            self._http.stream(verb, path, **given) as response,
         ):
             if response.is_error:
                 response.read()
@@ -544,8 +606,24 @@ def error_types() -> dict[str, type[errors.PalimpsestError]]:
     return found
 
 
+def _read_answers(lines: Iterable[str]) -> Iterator[GenerationEvent]:
+    """The events of a streamed ``/generate``; those of names this client doesn't know are left
+    out."""
+    name = ""
+    for line in lines:
+        field, _, value = line.partition(": ")
+        if field == "event":
+            name = value
+        elif field == "data" and name in EVENTS:
+            yield EVENTS[name].model_validate_json(value)
+
+
 def _is_event_stream(response: httpx.Response) -> bool:
     return str(response.headers.get("Content-Type", "")).startswith("text/event-stream")
+
+
+def _policy(on_commit: str | None) -> Headers:
+    return None if on_commit is None else {"Palimpsest-On-Commit": on_commit}
 
 
 def _terms(if_match: str | None, idempotency_key: str | None = None) -> dict[str, str]:

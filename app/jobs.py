@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
@@ -268,7 +269,8 @@ class Jobs:
             record.number = self._started
             self._records[record.job.id] = record
         outcome: Future[R] = Future()
-        future.add_done_callback(partial(self._finish, record, render, outcome))
+        finish = partial(self._finish, record, render, outcome)
+        future.add_done_callback(partial(copy_context().run, finish))  # its log names the request
         return record.job, outcome
 
     def get(self, job_id: str) -> Job:

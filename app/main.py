@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -17,10 +18,12 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from app import __version__
-from app.api import drift, edits, exports, generate, history, jobs, sandboxes, system
+from app.api import drift, edits, exports, generate, history, jobs, metrics, sandboxes, system
 from app.api.admission import Admission
 from app.api.limits import BodyLimit
+from app.api.openai import chat, completions, models
 from app.api.problems import UnexpectedErrors, install_handlers
+from app.api.request_log import RequestLog
 from app.api.revision_header import RevisionHeader
 from app.api.schemas import Problem, ProblemItem
 from app.api.security import Keyring
@@ -28,6 +31,7 @@ from app.errors import SettingsError
 from app.evaluation.drift_report import DriftLimits
 from app.jobs import Jobs
 from app.journal.claim import Claim
+from app.metrics import Metrics
 from app.service import Service
 from app.settings import DELTA_FOLDER, EXPORT_FOLDER, UPLOAD_FOLDER, Settings
 
@@ -49,7 +53,8 @@ One live language model whose facts can be edited while it answers.
 
 Reads name a **view** (`live`, `base`, a revision, a checkpoint, a sandbox) and every answer says
 which revision or sandbox produced it. Every response carries the header `Palimpsest-Revision`.
-Errors are problem documents (RFC 9457, `application/problem+json`).
+Errors are problem documents (RFC 9457, `application/problem+json`); under `/v1` they have OpenAI's
+form.
 """
 
 TAGS = [
@@ -58,6 +63,7 @@ TAGS = [
     {"name": "history", "description": "Revisions, checkpoints, and the ways back."},
     {"name": "jobs", "description": "Long calls: how far they are, and an end to them."},
     {"name": "sandboxes", "description": "Copy-on-write branches."},
+    {"name": "openai", "description": "The same views, as OpenAI's clients ask for them."},
     {"name": "exports", "description": "States as folders for other programs, and the way back."},
     {"name": "system", "description": "What is loaded, and whether it is well."},
 ]
@@ -83,9 +89,13 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     app.state.keyring = Keyring(settings.api_keys)
     app.state.jobs = Jobs()
     app.state.work = OpenWork(service, app.state.jobs)
+    app.state.metrics = Metrics(service, app.state.jobs)
+    service.observe(app.state.metrics)
     app.state.probes = Admission(at_once=PROBES_AT_ONCE, waiting=PROBES_WAITING)
-    for module in (edits, generate, history, drift, sandboxes, exports, jobs, system):
+    for module in (edits, generate, history, drift, sandboxes, exports, jobs, metrics, system):
         app.include_router(module.router)
+    for openai in (models, completions, chat):
+        app.include_router(openai.router)
     install_handlers(app)
     app.add_middleware(
         BodyLimit,
@@ -94,6 +104,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     )
     app.add_middleware(UnexpectedErrors)
     app.add_middleware(RevisionHeader, service=service)
+    app.add_middleware(RequestLog, metrics=app.state.metrics, quoting=settings.log_prompts)
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     return app
 
@@ -248,6 +259,7 @@ def build_service(settings: Settings, progress: Report | None = None) -> OwningS
     from app.evaluation.evaluator import Evaluator
     from app.journal.journal import Journal
     from app.journal.store import DeltaStore
+    from app.weights.cores import take_share
     from app.weights.exports.exporter import Exporter
     from app.weights.snapshot_folder import SNAPSHOT_FOLDER
     from app.weights.snapshots import SnapshotStore
@@ -277,6 +289,10 @@ def build_service(settings: Settings, progress: Report | None = None) -> OwningS
             views,
             max_batch_rows=settings.max_batch_rows,
             max_pending=settings.max_pending_reads,
+            chunk_tokens=settings.prefill_tokens,
+            cache_bytes=settings.kv_cache_bytes,
+            prefix_bytes=settings.prefix_cache_bytes,
+            overlay_bytes=settings.view_cache_bytes,
         )
         undo.callback(engine.close)
         editor = Editor(
@@ -306,6 +322,14 @@ def build_service(settings: Settings, progress: Report | None = None) -> OwningS
             default_guard=settings.guard.to_domain(),
             drift_limits=DriftLimits(**settings.drift_limits.model_dump()),
             watch_drift=True,
+            on_commit=settings.on_commit,
+            drain_s=settings.drain_seconds,
+            prepare_lane=partial(
+                take_share,
+                loaded.device,
+                threads=settings.edit_threads,
+                nice=settings.edit_nice,
+            ),
         )
         undo.pop_all()
     return service

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -12,6 +14,7 @@ from typing import Any, Protocol, Self
 from app.domain import (
     Assessment,
     BaseIdentity,
+    Cause,
     Checkpoint,
     Completion,
     Composition,
@@ -210,5 +213,60 @@ class Journal(Protocol):
     def add_sandbox(self, sandbox: Sandbox) -> None: ...
     def sandbox(self, sandbox_id: str) -> Sandbox | None: ...
     def sandboxes(self, limit: int, cursor: str | None) -> Page[Sandbox]: ...
+    def count_sandboxes(self) -> int: ...
     def delete_sandbox(self, sandbox_id: str) -> None: ...
     def close(self) -> None: ...
+
+
+class ReadOutcome(StrEnum):
+    """How a read ended: ``refused`` for want of room, ``rejected`` for what it asked."""
+
+    DONE = "done"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+    REFUSED = "refused"
+    REJECTED = "rejected"
+
+
+class EditOutcome(StrEnum):
+    """How an edit ended: ``measured`` where it was to be kept nowhere, ``refused`` by its guard,
+    ``rejected`` by its method or by the state that it met."""
+
+    DONE = "done"
+    MEASURED = "measured"
+    REFUSED = "refused"
+    REJECTED = "rejected"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class ReadEnded:
+    """A read's end: its tokens if it is done, and seconds since it was asked for, to its end and
+    to its first token (of those that were listened to)."""
+
+    outcome: ReadOutcome
+    tokens: int = 0
+    seconds: float = 0.0
+    first_token_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EditEnded:
+    """An accepted edit's end. ``seconds`` is the time it took once it was its turn, known of
+    those done or measured."""
+
+    method: str
+    mode: Mode
+    outcome: EditOutcome
+    seconds: float | None = None
+
+
+class Observer(Protocol):
+    """Who is told of what the service has done (``app.metrics``). Called on any thread; must
+    neither wait nor raise."""
+
+    def read_ended(self, end: ReadEnded) -> None: ...
+    def edit_ended(self, end: EditEnded) -> None: ...
+    def committed(self, cause: Cause, seconds: float) -> None:
+        """The head has moved; ``seconds`` from the new state being there to the head's move."""

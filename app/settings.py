@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from app.domain import BaseIdentity, Guard
 from app.errors import SettingsError
+from app.reading import CommitPolicy
 
 ENVIRONMENT_PREFIX = "PALIMPSEST_"
 DATABASE_FILE = "journal.sqlite3"
@@ -92,12 +93,20 @@ class Settings(BaseSettings):
     max_body_bytes: Count = 1 << 20
     max_import_bytes: Count = 4 << 30
     max_pending_reads: Count = 256
-    max_batch_rows: Count = 32
+    max_batch_rows: Count = 64
+    prefill_tokens: Count = 512
+    kv_cache_bytes: Count = 2 << 30
+    prefix_cache_bytes: Annotated[int, Field(ge=0)] = 64 << 20
+    on_commit: CommitPolicy = CommitPolicy.PIN
+    drain_seconds: Annotated[float, Field(ge=0, le=3_600)] = 30.0
     max_pending_edits: Count = 64
+    edit_threads: Count | None = None
+    edit_nice: Annotated[int, Field(ge=0, le=19)] = 0
     view_cache_bytes: Annotated[int, Field(ge=0)] = 1 << 30
     snapshot_bytes: Annotated[int, Field(ge=0)] = 1 << 30
 
     log_json: bool = False
+    log_prompts: bool = False
 
     @field_validator("api_keys")
     @classmethod

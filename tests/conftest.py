@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+
 import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+from tests.almanac_servers import AlmanacServers
+from tests.findings import Findings
 from tests.tiny import MemoryDeltas, TinyModels
 
 
@@ -21,9 +26,32 @@ def few_threads() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_samples() -> Iterator[None]:
+    """What a method reads of a model's own text, it reads of little of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("app.editing.anchors.ROWS", 16)
+        patch.setattr("app.editing.passes.SAMPLED_ROWS", 16)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     return TinyModels(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def findings(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Findings:
+    return Findings(tiny, tmp_path_factory.mktemp("findings"))
+
+
+@pytest.fixture(scope="session")
+def almanac_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AlmanacServers]:
+    if sys.platform != "linux":
+        pytest.skip("watches processes through /proc")
+    servers = AlmanacServers(tmp_path_factory.mktemp("almanac"))
+    yield servers
+    servers.close()
 
 
 @pytest.fixture

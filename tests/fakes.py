@@ -86,6 +86,14 @@ def refuse_long(prompt: str) -> None:
         )
 
 
+def spell(ids: Sequence[int]) -> str:
+    """Raises InvalidInput: an id that stands for no character."""
+    strange = [token for token in ids if token > 0x10FFFF or 0xD800 <= token < 0xE000]
+    if strange:
+        raise InvalidInput(f"There is no token {strange[0]}.", field="prompt")
+    return "".join(map(chr, ids))
+
+
 class FakeViews:
     """States of the fake model."""
 
@@ -133,11 +141,25 @@ class FakeViews:
 
 
 class FakeEngine:
-    """Answers at once with the state's words, cut to the tokens and stop strings asked for."""
+    """Answers with the state's words, cut to the tokens and stop strings asked for; a token id
+    stands for a character.
+
+    At once, unless ``gate`` is clear: then answers wait for it behind their first piece, until
+    they are given up. ``asked`` and ``futures`` are those of every call. ``refusal`` is raised,
+    ``failure`` is how answers end; with ``restarts`` they begin anew behind their first piece.
+    """
 
     def __init__(self, views: FakeViews) -> None:
         self._views = views
         self.closed = False
+        self.gate = threading.Event()
+        self.gate.set()
+        self.asked: list[tuple[Prompt, Sampling]] = []
+        self.futures: list[Future[Completion]] = []
+        self.failure: Exception | None = None
+        self.refusal: Exception | None = None
+        self.restarts = False
+        self.has_chat_template = True
 
     @property
     def alive(self) -> bool:
@@ -150,13 +172,29 @@ class FakeEngine:
         sampling: Sampling,
         listener: Listener | None = None,
     ) -> Future[Completion]:
-        asked = prompt if isinstance(prompt, str) else "".join(map(chr, prompt))
+        asked = prompt if isinstance(prompt, str) else spell(prompt)
         refuse_long(asked)
+        if self.refusal is not None:
+            raise self.refusal
+        completion = self._complete(composition, asked, sampling)
+        future: Future[Completion] = Future()
+        self.asked.append((prompt, sampling))
+        self.futures.append(future)
+        if self.gate.is_set():
+            self._deliver(completion, listener, future)
+        else:
+            work = (completion, listener, future)
+            threading.Thread(target=self._deliver, args=work, daemon=True).start()
+        return future
+
+    def _complete(self, composition: Composition, asked: str, sampling: Sampling) -> Completion:
         words = self._views.answer(composition, asked).split()
         text = "".join(f" {word}" for word in words[: sampling.max_new_tokens])
         cuts = [text.index(stop) for stop in sampling.stop if stop in text]
         text = text[: min(cuts, default=len(text))]
-        top = tuple(TokenChoice(i, f" top{i}", -0.5 * i) for i in range(sampling.top_logprobs))
+        top = tuple(
+            TokenChoice(100 + i, f" top{i}", -0.5 * i) for i in range(sampling.top_logprobs)
+        )
         tokens = tuple(
             TokenChoice(index, f" {word}", -0.25, top) for index, word in enumerate(text.split())
         )
@@ -171,23 +209,42 @@ class FakeEngine:
             for index, word in enumerate(asked_words)
         )
         finished = "length" if len(words) > sampling.max_new_tokens else "stop"
-        if listener is not None:
-            for token in tokens:
-                listener(Piece(token.text, (token,)))
-        future: Future[Completion] = Future()
-        future.set_result(
-            Completion(text, finished, tokens, len(asked_words), scored if sampling.echo else ())
-        )
-        return future
+        echoed = scored if sampling.echo else ()
+        return Completion(text, finished, tokens, len(asked_words), echoed)
+
+    def _deliver(
+        self, completion: Completion, listener: Listener | None, future: Future[Completion]
+    ) -> None:
+        hear = listener or (lambda piece: None)
+        pieces = [Piece(token.text, (token,)) for token in completion.tokens]
+        for piece in pieces[:1]:
+            hear(piece)
+        while not self.gate.wait(0.005):
+            if future.cancelled():
+                return
+        if self.restarts:
+            for piece in (Piece("", restarted=True), *pieces[:1]):
+                hear(piece)
+        for piece in pieces[1:]:
+            hear(piece)
+        if not future.set_running_or_notify_cancel():
+            return
+        if self.failure is None:
+            future.set_result(completion)
+        else:
+            future.set_exception(self.failure)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """The last message, a character a token."""
+        if not self.has_chat_template:
+            raise InvalidInput("fake has no chat template.", field="messages")
         return tuple(map(ord, messages[-1]["content"]))
 
     def describe(self) -> Mapping[str, Any]:
         return {"kind": "fake"}
 
     def close(self) -> None:
+        self.gate.set()
         self.closed = True
 
 
@@ -476,7 +533,7 @@ def running_server(world: FakeWorld, **given: Any) -> Iterator[str]:
     """A real server on a free loopback port; its URL."""
     app = create_app(world.service, Settings(_env_file=None, **given))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
-    with socket.socket() as listener:
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from app import errors
-from app.client import Client, error_types
+from app.api.schemas import CompletionOut, DoneEvent, FailedEvent, PieceEvent, Token, name_event
+from app.client import Client, error_from, error_types
 from tests.fakes import BASE, FakeWorld, build_world, running_server
 
 PROMPT = "The capital of France is"
@@ -162,3 +165,60 @@ def test_the_client_knows_every_error_by_its_type() -> None:
     kinds = {kind for kind in vars(errors).values() if isinstance(kind, type)}
     ours = {kind for kind in kinds if issubclass(kind, errors.PalimpsestError)}
     assert set(error_types().values()) == ours
+
+
+def test_a_stream_is_the_answer_in_pieces(client: Client) -> None:
+    client.edit([{"prompt": "{} goes", "subject": "It", "target": "on and on"}])
+    asked: dict[str, Any] = {"views": ["live", "base"], "top_logprobs": 1}
+    whole = client.generate("It goes", **asked)
+    events = list(client.generate_stream("It goes", **asked))
+    for index, completion in enumerate(whole.completions):
+        (done,) = [e for e in events if isinstance(e, DoneEvent) and e.index == index]
+        pieces = [e for e in events if isinstance(e, PieceEvent) and e.index == index]
+        assert CompletionOut.model_validate(done.model_dump()) == completion
+        assert [token for piece in pieces for token in piece.tokens] == completion.tokens
+        assert "".join(piece.text for piece in pieces) == completion.text
+        assert pieces[0].tokens[0].top == [Token(id=100, text=" top0", logprob=0.0)]
+
+
+def test_what_happens_to_a_stream_is_told(client: Client, world: FakeWorld) -> None:
+    world.engine.restarts = True
+    world.engine.failure = errors.Conflict("It is worn out.", field="view")
+    events = list(client.generate_stream(PROMPT, on_commit="restart"))
+    assert [name_event(event) for event in events] == ["piece", "restart", "piece", "error"]
+    assert isinstance(events[-1], FailedEvent)
+    assert isinstance(error_from(events[-1].problem), errors.Conflict)
+    with pytest.raises(errors.NotFound):
+        next(client.generate_stream(PROMPT, views=["nowhere"]))
+    with pytest.raises(errors.InvalidInput):
+        client.generate(PROMPT, on_commit="wait")
+
+
+def test_a_stream_that_is_closed_is_given_up(client: Client, world: FakeWorld) -> None:
+    world.engine.gate.clear()
+    stream = client.generate_stream(PROMPT)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 5
+    while not world.engine.futures[0].cancelled():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("application/json", "{}"),
+        ("text/event-stream", ""),
+        ("text/event-stream", 'event: new\ndata: {"x": 1}\n\n'),
+    ],
+)
+def test_a_stream_that_is_none_or_breaks_off_is_no_answer(kind: str, content: str) -> None:
+    def answer(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=content, headers={"Content-Type": kind})
+
+    with (
+        Client("http://fake", transport=httpx.MockTransport(answer)) as client,
+        pytest.raises(errors.Unreachable),
+    ):
+        list(client.generate_stream(PROMPT))

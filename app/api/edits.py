@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from app.api.deps import REVISION_HEADER, PageQuery, ServiceDep, settle
 from app.api.long_call import ACCEPTED, LongCallDep
 from app.api.problems import problem_responses
+from app.api.request_notes import note, note_edit, quote_facts
 from app.api.schemas import CompactRequest, EditOut, EditPage, EditRequest, UndoneOut
 from app.api.security import EditorKey, Reader
 from app.api.strict_json import StrictJSONRoute
@@ -60,6 +61,7 @@ async def create_edit(
 
     Whatever is refused or fails leaves weights, journal and head as they were."""
     command = body.to_domain(dry_run=dry_run)
+    quote_facts(command.facts)
 
     def show(edit: Edit) -> EditOut:
         return show_edit(edit, response, service.warnings)
@@ -165,6 +167,7 @@ def link_revision(undone: Undone) -> JobResult:
 
 
 def show_edit(edit: Edit, response: Response, warnings: tuple[str, ...]) -> EditOut:
+    note_edit(edit)
     shown = EditOut.of(edit, warnings)
     if shown.revision is not None:
         response.headers[REVISION_HEADER] = shown.revision
@@ -172,5 +175,6 @@ def show_edit(edit: Edit, response: Response, warnings: tuple[str, ...]) -> Edit
 
 
 def show_undone(undone: Undone, response: Response) -> UndoneOut:
+    note(revision=undone.revision.id)
     response.headers[REVISION_HEADER] = undone.revision.id
     return UndoneOut.of_undone(undone)

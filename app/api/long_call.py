@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from app.api.deps import settle
 from app.api.job_schemas import JobOut
 from app.api.request_headers import PreferDep, Preference
+from app.api.request_notes import note
 from app.domain import Progress
 from app.jobs import Job, JobResult, Jobs
 
@@ -75,6 +76,7 @@ class LongCall:
         return show(result)
 
     def _accept(self, job: Job) -> Response:
+        note(job=job.id)
         return Response(
             JobOut.of(job).model_dump_json(),
             status_code=202,

@@ -12,15 +12,18 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import errors
+from app.api.openai.errors import OpenAIErrorResponse, speaks_openai
 from app.api.schemas import CheckOut, Problem, ProblemItem, problem_type
 
 log = structlog.get_logger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
+CLIENT_CLOSED = 499  # not RFC 9110's, but what logs show where the client went first
 
 STATUS: Mapping[type[errors.PalimpsestError], int] = {
     errors.InvalidInput: 422,
@@ -60,15 +63,26 @@ MALFORMED = "The body is not valid JSON"
 
 
 class ProblemResponse(Response):
-    """A problem document. ASCII on the wire, so that no text from a request can break it."""
+    """A problem document, or under ``/v1`` the same in OpenAI's form. ASCII on the wire, so that
+    no text from a request can break it."""
 
     media_type = MEDIA_TYPE
+
+    def __init__(self, problem: Problem, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(problem, problem.status, headers)
+        self._foreign = OpenAIErrorResponse(problem, headers)
 
     def render(self, content: Any) -> bytes:
         assert isinstance(content, Problem)
         return json.dumps(content.model_dump(exclude_none=True), separators=(",", ":")).encode(
             "ascii"
         )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if speaks_openai(scope["path"]):
+            await self._foreign(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 def status_of(error: errors.PalimpsestError) -> int:
@@ -77,7 +91,7 @@ def status_of(error: errors.PalimpsestError) -> int:
 
 
 def respond(problem: Problem, headers: Mapping[str, str] | None = None) -> ProblemResponse:
-    return ProblemResponse(problem, status_code=problem.status, headers=dict(headers or {}))
+    return ProblemResponse(problem, headers)
 
 
 async def on_domain_error(_: Request, error: Exception) -> Response:
@@ -87,6 +101,15 @@ async def on_domain_error(_: Request, error: Exception) -> Response:
         headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, errors.Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
+    return respond(problem_of(error), headers)
+
+
+def problem_of(error: Exception) -> Problem:
+    """What a caller is told of an error. What is the server's own fault is logged, and what
+    nobody expected is logged only."""
+    if not isinstance(error, errors.PalimpsestError):
+        log.error("unexpected error", exc_info=error)
+        return unexpected_problem()
     status = status_of(error)
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         log.error("request failed", error=type(error).__name__, detail=error.detail)
@@ -100,7 +123,7 @@ async def on_domain_error(_: Request, error: Exception) -> Response:
     if isinstance(error, errors.GuardFailed):
         problem.edit = error.edit
         problem.checks = [CheckOut.model_validate(check) for check in error.checks]
-    return respond(problem, headers)
+    return problem
 
 
 async def on_validation_error(_: Request, error: Exception) -> Response:
@@ -170,10 +193,16 @@ def unexpected_problem() -> Problem:
     )
 
 
+async def on_disconnect(_: Request, __: Exception) -> Response:
+    """For the record of requests alone: nobody is there to read it."""
+    return Response(status_code=CLIENT_CLOSED)
+
+
 def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(errors.PalimpsestError, on_domain_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(ClientDisconnect, on_disconnect)
 
 
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -10,7 +10,9 @@ from app.errors import SettingsError
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket, before the minutes a large model may take to load."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio turns Nagle's algorithm off only where the protocol is named; on, it holds each
+    # answer on a kept connection back for 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))

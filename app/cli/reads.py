@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from app.cli.connection import DEFAULT_URL, Key, Url, Views, connect
 from app.cli.rendering import AsJson, rows_table, show
+from app.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from app.api.schemas import GenerationEvent
 
 
 def generate(
@@ -20,25 +26,57 @@ def generate(
     top_k: int = 0,
     seed: int | None = None,
     stop: list[str] | None = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print the text as it comes, or each event as JSON.")
+    ] = False,
     url: Url = DEFAULT_URL,
     api_key: Key = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt under one or more views, side by side."""
+    views = view or ["live"]
+    asked: dict[str, Any] = {
+        "views": views,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "stop": stop or [],
+    }
+    if stream and len(views) > 1 and not as_json:
+        raise InvalidInput("Texts of several views would mix; stream one, or add --json.")
     with connect(url, api_key) as client:
-        answer = client.generate(
-            prompt,
-            views=view or ["live"],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop=stop or [],
-        )
+        if stream:
+            show_stream(client.generate_stream(prompt, **asked), as_json)
+            return
+        answer = client.generate(prompt, **asked)
     heads = [f"{c.view} ({c.revision or c.sandbox})" for c in answer.completions]
     texts = [c.text for c in answer.completions]
     show(answer, as_json, [rows_table(answer.prompt, heads, [texts])])
+
+
+def show_stream(events: Iterator[GenerationEvent], as_json: bool) -> None:
+    """Print one view's text as it comes, or each event of any views as a line of JSON.
+
+    Raises:
+        PalimpsestError: the only view failed.
+    """
+    from app.api.schemas import FailedEvent, PieceEvent, RestartEvent, name_event
+    from app.client import error_from
+
+    for event in events:
+        if as_json:
+            fields = event.model_dump(mode="json", exclude_unset=True)
+            typer.echo(json.dumps({"event": name_event(event), **fields}))
+        elif isinstance(event, PieceEvent):
+            typer.echo(event.text, nl=False)
+        elif isinstance(event, RestartEvent):
+            typer.echo(f"\n(begun anew on {event.revision})")
+        elif isinstance(event, FailedEvent):
+            raise error_from(event.problem)
+    if not as_json:
+        typer.echo()
 
 
 def probe(

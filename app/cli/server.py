@@ -76,7 +76,8 @@ def start(settings: Settings) -> None:
         try:
             console.print(banner(service.describe_model(), service.folder, url))
             app = create_app(service, settings)
-            config = uvicorn.Config(app, log_config=None, ws="none")
+            # Our own request log has no query strings, in which prompts may stand.
+            config = uvicorn.Config(app, log_config=None, access_log=False, ws="none")
             Server(config, app.state.work).run(sockets=[listener])
         finally:
             service.close()

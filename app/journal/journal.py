@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app.domain import (
@@ -351,6 +351,10 @@ class Journal:
         """Newest first."""
         with self._database.reading() as session:
             return SANDBOXES.page(session, limit, cursor)
+
+    def count_sandboxes(self) -> int:
+        with self._database.reading() as session:
+            return session.scalar(select(func.count()).select_from(SandboxRow)) or 0
 
     def delete_sandbox(self, sandbox_id: str) -> None:
         """Forget the branch; its edits and what was promoted from it stay on record.

@@ -14,12 +14,17 @@ R = TypeVar("R")
 
 
 class Lane:
-    """One thread and a bounded queue of work for it. Thread-safe."""
+    """One thread and a bounded queue of callers' work for it. Thread-safe."""
 
-    def __init__(self, max_pending: int, work: str) -> None:
-        """``work`` names what waits in the queue: ``edits``."""
+    def __init__(
+        self, max_pending: int, work: str, prepare: Callable[[], None] | None = None
+    ) -> None:
+        """``work`` names what waits in the queue: ``edits``; ``max_pending`` counts what runs
+        too. The lane's thread calls ``prepare`` before its first work."""
         self._work = work
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=work)
+        self._thread = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix=work, initializer=prepare
+        )
         self._pending = threading.BoundedSemaphore(max_pending)
         self._stopping = threading.Event()
 
@@ -28,7 +33,7 @@ class Lane:
         return self._stopping.is_set()
 
     def submit(self, work: Callable[[], R]) -> Future[R]:
-        """Queue work.
+        """Queue a caller's work.
 
         Raises:
             Overloaded: the queue is full. ShuttingDown: nothing is accepted any more.
@@ -38,12 +43,23 @@ class Lane:
                 f"Too many {self._work} are waiting; try again in a moment.", retry_after=2
             )
         try:
-            future = self._thread.submit(work)
-        except RuntimeError:
+            future = self.submit_own(work)
+        except ShuttingDown:
             self._pending.release()
-            raise ShuttingDown("The server is shutting down.", retry_after=5) from None
+            raise
         future.add_done_callback(lambda _: self._pending.release())
         return future
+
+    def submit_own(self, work: Callable[[], R]) -> Future[R]:
+        """Queue work of the server's own, which takes no caller's place.
+
+        Raises:
+            ShuttingDown: nothing is accepted any more.
+        """
+        try:
+            return self._thread.submit(work)
+        except RuntimeError:
+            raise ShuttingDown("The server is shutting down.", retry_after=5) from None
 
     def stop(self) -> None:
         """Refuse new work and cancel what waits; what is in progress ends."""

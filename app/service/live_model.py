@@ -6,8 +6,10 @@ told in one transaction, and only then the head moves, which can't fail any more
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import structlog
@@ -23,7 +25,7 @@ from app.domain import (
     utc_now,
 )
 from app.errors import JournalError, PalimpsestError
-from app.ports import DeltaStore, Journal, Views
+from app.ports import DeltaStore, Journal, Observer, Views
 
 log = structlog.get_logger(__name__)
 
@@ -39,7 +41,9 @@ class Head:
 class LiveModel:
     """Owns the head. Reads may come from any thread; only the writer lane moves it."""
 
-    def __init__(self, journal: Journal, views: Views, store: DeltaStore) -> None:
+    def __init__(
+        self, journal: Journal, views: Views, store: DeltaStore, observer: Observer
+    ) -> None:
         """Finish or discard what a stopped server left behind, then verify the head's bytes.
         Where that fails, the newest revision that can be made is live, and nothing is written.
 
@@ -50,11 +54,14 @@ class LiveModel:
         self._journal = journal
         self._views = views
         self._store = store
+        self._observer = observer
         journal.bind(views.base)
         for edit_id in journal.discard_prepared():
             log.warning("edit discarded: it was prepared but never committed", edit=edit_id)
         self.read_only: str | None = None
         self._told: list[Callable[[], None]] = []
+        self._awaited: list[Callable[[], None]] = []
+        self._verified: set[tuple[bytes, Digest]] = set()
         revision = journal.head()
         composition = journal.composition(revision.number)
         try:
@@ -97,15 +104,26 @@ class LiveModel:
         if missing:
             self._refuse_writes(self._store.check(missing).values())
 
+    def before_move(self, wait: Callable[[], None]) -> None:
+        """Have ``wait`` called, on the writer lane, before the head moves, while the old state is
+        still live. It must not raise, and may wait."""
+        self._awaited.append(wait)
+
     def on_move(self, tell: Callable[[], None]) -> None:
         """Have ``tell`` called, on the writer lane, whenever the head has moved. It must neither
         wait nor raise."""
         self._told.append(tell)
 
-    def _move(self, head: Head) -> None:
+    def _move(self, head: Head, began: float) -> None:
+        """``began``: when the commit did, by ``perf_counter``."""
         self._head = head
+        self._observer.committed(head.revision.cause, perf_counter() - began)
         for tell in self._told:
             tell()
+
+    def _await_readers(self) -> None:
+        for wait in self._awaited:
+            wait()
 
     def live_edits(self) -> tuple[Contribution, ...]:
         """The edits that the live weights hold, in the order in which they joined."""
@@ -125,6 +143,18 @@ class LiveModel:
                 "which."
             )
 
+    def verify_once(self, name: str, composition: Composition, recorded: Digest) -> None:
+        """``verify`` for reads: a state that was sound since the start is taken to be so still,
+        for its deltas are named by their content.
+
+        Raises:
+            JournalError: the weights of a state aren't those the journal recorded.
+        """
+        known = (hashlib.sha256("".join(composition).encode()).digest(), recorded)
+        if known not in self._verified:
+            self.verify(name, composition, recorded)
+            self._verified.add(known)
+
     def next_revision(self, cause: Cause, state_hash: Digest, **parts: Any) -> Revision:
         """The revision that would follow the head."""
         head = self._head.revision.number
@@ -133,13 +163,15 @@ class LiveModel:
     def append(self, revision: Revision, composition: Composition) -> Revision:
         """Make a revision that no edit made the head."""
         self.verify(f"The state for {revision.id}", composition, revision.state_hash)
+        self._await_readers()
+        began = perf_counter()
         try:
             self._views.pin_live(composition)
             self._journal.append_revision(revision)
         except BaseException:
             self._views.pin_live(self._head.composition)
             raise
-        self._move(Head(revision, composition))
+        self._move(Head(revision, composition), began)
         return revision
 
     def commit(
@@ -152,10 +184,13 @@ class LiveModel:
     ) -> None:
         """Commit a prepared edit, with the revision it makes the head, or its sandboxes."""
         if revision is not None:
+            self._await_readers()
+        began = perf_counter()
+        if revision is not None:
             self._views.pin_live(composition)
         self._journal.commit_edit(edit, revision=revision, sandboxes=sandboxes)
         if revision is not None:
-            self._move(Head(revision, composition))
+            self._move(Head(revision, composition), began)
 
     def abandon(self, edit: Edit) -> None:
         """Take a failed commit back. What can't be noted now, start-up finds and discards."""

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextvars import copy_context
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from app.domain import (
+    IMPORTED,
     Cause,
     Checkpoint,
     Edit,
@@ -47,6 +50,7 @@ from app.ports import (
     Evaluator,
     Exporter,
     Journal,
+    Observer,
     Upload,
     Views,
 )
@@ -61,14 +65,18 @@ from app.service.imports import Imports
 from app.service.lane import Lane
 from app.service.lineage import LineageReader
 from app.service.live_model import LiveModel
+from app.service.observers import Observers
+from app.service.outcomes import conclude_edit
 from app.service.reads import Reads
 from app.service.requests import Requests
 from app.service.undo import Undo
 from app.service.view_names import LIVE, RESERVED, ViewNames
+from app.service.watched_reads import WatchedReads
 
 R = TypeVar("R")
 
 NO_TERMS = WriteTerms()
+COMPACTED = "compact"  # for observers, whichever method solves the facts
 
 
 class Service:
@@ -88,6 +96,9 @@ class Service:
         default_guard: Guard | None = None,
         drift_limits: DriftLimits | None = None,
         watch_drift: bool = False,
+        on_commit: CommitPolicy = CommitPolicy.PIN,
+        drain_s: float = 30.0,
+        prepare_lane: Callable[[], None] | None = None,
     ) -> None:
         self._journal = journal
         self._views = views
@@ -95,12 +106,15 @@ class Service:
         self._editor = editor
         self._evaluator = evaluator
         self._exporter = exporter
-        self._lane = Lane(max_pending_edits, "edits")
+        self._lane = Lane(max_pending_edits, "edits", prepare_lane)
         self._requests = Requests(journal)
         self._closed = False
-        self._live = LiveModel(journal, views, store)
+        self._observers = Observers()
+        self._live = LiveModel(journal, views, store, self._observers)
         self._names = ViewNames(journal, self._live)
-        self._reads = Reads(engine)
+        self._reads = WatchedReads(
+            Reads(engine, self._live, on_commit=on_commit, drain_s=drain_s), self._observers
+        )
         self._exports = Exports(journal=journal, exporter=exporter, names=self._names)
         reader = LineageReader(journal)
         guarding = Guarding(evaluator, default_guard or Guard())
@@ -144,7 +158,7 @@ class Service:
             reader=reader,
         )
 
-        self._lane.submit(self._live.check_files)  # before any write, but not before any read
+        self._lane.submit_own(self._live.check_files)  # before any write, not before any read
         self._diffs = Diffs(journal=journal, evaluator=evaluator, names=self._names)
         self._drift = Drift(
             journal=journal,
@@ -154,6 +168,10 @@ class Service:
             limits=drift_limits,
             watch=watch_drift,
         )
+
+    def observe(self, observer: Observer) -> None:
+        """Have ``observer`` told of all reads, edits and commits from now on."""
+        self._observers.add(observer)
 
     # Reads ---------------------------------------------------------------------------------
 
@@ -218,11 +236,11 @@ class Service:
         sampling: Sampling,
         *,
         listeners: Sequence[Listener] = (),
-        on_commit: CommitPolicy = CommitPolicy.PIN,
+        on_commit: CommitPolicy | None = None,
     ) -> list[Read]:
         """One read per view; each runs to its end on the state its view stands for now, unless
-        ``on_commit`` says otherwise. ``listeners``, one a view if any, hear the answers as
-        they come.
+        ``on_commit``, or else the server's own policy, says otherwise. ``listeners``, one a view
+        if any, hear the answers as they come.
 
         Raises:
             NotFound, ContextExceeded, InvalidInput, Overloaded.
@@ -261,6 +279,10 @@ class Service:
             "engine": self._engine.describe(),
         }
 
+    def describe_load(self) -> Mapping[str, Any]:
+        """What the engine and the resident views say of themselves now, in one mapping."""
+        return {**self._views.describe(), **self._engine.describe()}
+
     def methods(self) -> Sequence[Mapping[str, Any]]:
         return self._editor.methods()
 
@@ -289,6 +311,9 @@ class Service:
 
     def sandboxes(self, limit: int, cursor: str | None) -> Page[Sandbox]:
         return self._journal.sandboxes(limit, cursor)
+
+    def count_sandboxes(self) -> int:
+        return self._journal.count_sandboxes()
 
     def sandbox(self, sandbox_id: str) -> Sandbox:
         sandbox = self._journal.sandbox(sandbox_id)
@@ -343,7 +368,8 @@ class Service:
 
         def start() -> Future[Edit]:
             plan, guard = self._edits.check(command)
-            return self._enqueue(lambda: self._edits.make(command, plan, guard, terms), terms)
+            make = partial(self._edits.make, command, plan, guard, terms)
+            return self._enqueue_edit(plan.method, command.mode, make, terms)
 
         return self._requests.once(terms.request, start)
 
@@ -360,10 +386,9 @@ class Service:
             Overloaded. The future may raise NotFound, InvalidInput, EditRejected, GuardFailed,
             Conflict, PreconditionFailed or Cancelled; then nothing changed.
         """
-        asked = guard or Guard()
+        make = partial(self._imports.make, source, into, guard or Guard(), terms)
         return self._requests.once(
-            terms.request,
-            lambda: self._enqueue(lambda: self._imports.make(source, into, asked, terms), terms),
+            terms.request, lambda: self._enqueue_edit(IMPORTED, Mode.SEQUENTIAL, make, terms)
         )
 
     def undo(
@@ -405,11 +430,9 @@ class Service:
         """
         asked = dict(hparams or {})
         self._editor.plan(method, asked if method else {})
+        make = partial(self._compaction.compact, method, asked, force, terms)
         return self._requests.once(
-            terms.request,
-            lambda: self._enqueue(
-                lambda: self._compaction.compact(method, asked, force, terms), terms
-            ),
+            terms.request, lambda: self._enqueue_edit(COMPACTED, Mode.SEQUENTIAL, make, terms)
         )
 
     def revert(self, to: str, terms: WriteTerms = NO_TERMS) -> Future[Revision]:
@@ -516,6 +539,16 @@ class Service:
         self._engine.close()
         self._journal.close()
 
+    def _enqueue_edit(
+        self, method: str, mode: Mode, make: Callable[[], Edit], terms: WriteTerms
+    ) -> Future[Edit]:
+        """Queue an edit whose end is observed."""
+        future = self._enqueue(make, terms)
+        future.add_done_callback(
+            lambda ended: self._observers.edit_ended(conclude_edit(method, mode, ended))
+        )
+        return future
+
     def _enqueue(self, work: Callable[[], R], terms: WriteTerms = NO_TERMS) -> Future[R]:
         """Queue a write, to be made only if the head is then where its caller expects it."""
 
@@ -533,7 +566,9 @@ class Service:
                 )
             return work()
 
-        return self._lane.submit(run)
+        return self._lane.submit(
+            partial(copy_context().run, run)
+        )  # what is logged names its request
 
     def _require_writable(self) -> None:
         if self.read_only is not None:

@@ -38,7 +38,10 @@ def test_every_operation_is_summed_up_tagged_and_documents_its_problems() -> Non
         for verb, operation in operations.items():
             assert operation["summary"], (path, verb)
             assert operation["tags"], (path, verb)
-            if path not in ("/livez", "/readyz"):
+            if path.startswith("/v1/"):
+                error = operation["responses"]["401"]["content"]["application/json"]
+                assert error["schema"] == {"$ref": "#/components/schemas/OpenAIError"}
+            elif path not in ("/livez", "/readyz"):
                 problem = operation["responses"]["401"]["content"]["application/problem+json"]
                 assert problem["schema"] == {"$ref": "#/components/schemas/Problem"}
 

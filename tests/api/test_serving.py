@@ -26,7 +26,7 @@ def serving(world: FakeWorld) -> Iterator[tuple[Server, str]]:
     """The server in a thread, where it catches no signals, and its URL."""
     app = create_app(world.service, settings())
     server = Server(uvicorn.Config(app, log_config=None, ws="none"), app.state.work)
-    with socket.socket() as listener:
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

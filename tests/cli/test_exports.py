@@ -28,9 +28,9 @@ from app.errors import (
     PalimpsestError,
     Unreachable,
 )
+from tests.almanac_servers import AlmanacServers
 from tests.api.conftest import FACT
 from tests.fakes import FakeWorld, build_world, running_server
-from tests.servers import Server
 from tests.test_docs import ROOT, assert_shows, read_session
 
 
@@ -243,13 +243,13 @@ def test_an_upload_that_fails_is_dropped(here: Place, there: Place, tmp_path: Pa
 # PEFT 0.21 asks transformers 5.24 a question by a name that is deprecated.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_the_documentations_session_answers_as_documented(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    almanac_servers: AlmanacServers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Commands and programs in the order of the page, in one folder."""
     page = (ROOT / "docs/exports.md").read_text()
     monkeypatch.chdir(tmp_path)
-    server = Server(tmp_path)
-    server.start()
+    almanac_servers.prepare(data := tmp_path / "data")
+    server = almanac_servers.start(data)
     try:
         environment = {
             **os.environ,

@@ -20,15 +20,16 @@ def loaded(tiny: TinyModels) -> LoadedModel:
     return tiny.load()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def zygote(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     if sys.platform != "linux":
         pytest.skip("watches processes through /proc")
-    zygote = Zygote(tiny.folder("llama"), tmp_path_factory.mktemp("zygote"))
+    scratch = tmp_path_factory.mktemp("zygote")
+    zygote = Zygote(tiny.folder("llama"), scratch, PALIMPSEST_STATISTICS_TOKENS="1000")
     yield zygote
     zygote.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def template(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Template:
     return Template.make(zygote, tmp_path_factory.mktemp("template") / "data")

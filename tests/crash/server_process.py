@@ -26,7 +26,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "NO_COLOR": "1",
     "COLUMNS": "400",
-    "PALIMPSEST_STATISTICS_TOKENS": "1000",
 }
 
 
@@ -53,16 +52,16 @@ class Ended(Exception):
 
 
 class Zygote:
-    """The process that servers are forked from."""
+    """The process that servers of a model are forked from; ``settings`` are in its environment."""
 
-    def __init__(self, model: Path, scratch: Path) -> None:
+    def __init__(self, model: Path, scratch: Path, **settings: str) -> None:
         self._scratch = scratch
         self._servers: list[ServerProcess] = []
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("PALIMPSEST_")}
         with (scratch / "zygote.log").open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.crash.zygote", str(model)],
-                env={**inherited, **ENVIRONMENT},
+                env={**inherited, **ENVIRONMENT, **settings},
                 cwd=Path(__file__).parents[2],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

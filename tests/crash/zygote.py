@@ -13,6 +13,7 @@ child has its parent's, which no thread has run yet.
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -30,6 +31,7 @@ from app.editing.editor import Editor
 from app.engine.engine import Engine
 from app.evaluation.evaluator import Evaluator
 from app.settings import Settings
+from app.weights.exports.exporter import Exporter
 from app.weights.loading import LoadedModel, load_model
 from tests.crash.privileges import obey_permissions
 from tests.crash.write_points import WriteWatch
@@ -38,7 +40,7 @@ SQLITE_SAYS = {
     errno.ENOSPC: "database or disk is full",
     errno.EROFS: "attempt to write a readonly database",
 }
-EVERYTHING = (Editor, Engine, Evaluator)  # imported here once, not in each child
+EVERYTHING = (Editor, Engine, Evaluator, Exporter)  # imported here once, not in each child
 
 
 class Fault:
@@ -112,6 +114,7 @@ def main(model: str) -> None:
         return loaded
 
     app.main.load_configured_model = reuse
+    gc.freeze()  # a collection in a child would copy every page that it looks at
     for line in sys.stdin:
         command = json.loads(line)
         answer = wait(command["wait"]) if "wait" in command else launch(command)

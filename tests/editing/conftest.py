@@ -12,6 +12,7 @@ from app.domain import Fact
 from app.editing.editor import Editor
 from app.editing.registry import METHODS
 from app.weights.views import ViewCache
+from tests.findings import TOKENS, Findings
 from tests.tiny import MemoryDeltas, TinyModels
 
 MakeEditor = Callable[..., tuple[Editor, ViewCache]]
@@ -39,9 +40,12 @@ def hparams(method: str, *layers: int, **others: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def make_editor(tiny: TinyModels, deltas: MemoryDeltas, tmp_path: Path) -> MakeEditor:
+def make_editor(
+    tiny: TinyModels, findings: Findings, deltas: MemoryDeltas, tmp_path: Path
+) -> MakeEditor:
     def make(model_type: str = "llama", dtype: str = "float32") -> tuple[Editor, ViewCache]:
         views = deltas.views(tiny.load(model_type, dtype))
-        return Editor(views, data=tmp_path, statistics_tokens=600), views
+        findings.copy(model_type, dtype, tmp_path)
+        return Editor(views, data=tmp_path, statistics_tokens=TOKENS), views
 
     return make

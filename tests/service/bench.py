@@ -18,6 +18,7 @@ from app.journal.store import DeltaStore
 from app.service import Service
 from app.weights.exports.exporter import Exporter
 from app.weights.views import ViewCache
+from tests.findings import TOKENS
 from tests.tiny import TinyModels
 
 FACT = Fact("The capital of {} is", "France", "Rome")
@@ -54,7 +55,7 @@ class Bench:
         self.store = DeltaStore(self._folder / "deltas")
         self.journal = Journal.open(f"sqlite:///{self._folder / 'journal.db'}")
         self.views = ViewCache(self._tiny.load(self._model, self._dtype), load_delta=self.store.get)
-        self.editor = Editor(self.views, data=self._statistics, statistics_tokens=600)
+        self.editor = Editor(self.views, data=self._statistics, statistics_tokens=TOKENS)
         self.engine = Engine(self.views)
         self.exporter = Exporter(
             self.views,

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.findings import Findings
 from tests.tiny import TinyModels
 
 from .bench import Bench, MakeBench
 
 
 @pytest.fixture
-def make_bench(tiny: TinyModels, tmp_path: Path) -> Iterator[MakeBench]:
+def make_bench(tiny: TinyModels, findings: Findings, tmp_path: Path) -> Iterator[MakeBench]:
     benches: list[Bench] = []
 
     def make(model: str = "llama", dtype: str = "float32", folder: str = "data") -> Bench:
-        (tmp_path / folder).mkdir(exist_ok=True)
+        findings.copy(model, dtype, tmp_path / folder)
         benches.append(Bench(tiny, tmp_path / folder, model, dtype))
         return benches[-1]
 

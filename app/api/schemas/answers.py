@@ -286,6 +286,19 @@ class Token(Answer):
         return cls(id=token.id, text=token.text, logprob=token.logprob)
 
 
+class ScoredToken(Token):
+    """``top`` has the likeliest tokens in its place, where they were asked for."""
+
+    top: list[Token] | None = None
+
+    @classmethod
+    def of(cls, token: TokenChoice) -> Self:
+        scored = super().of(token)
+        if token.top:
+            scored.top = [Token.of(other) for other in token.top]
+        return scored
+
+
 class CompletionOut(Answer):
     """One view's continuation, and the revision or sandbox that produced it."""
 
@@ -294,7 +307,7 @@ class CompletionOut(Answer):
     sandbox: str | None
     text: str
     finish_reason: str = Field(description="`stop` or `length`.")
-    tokens: list[Token]
+    tokens: list[ScoredToken]
 
     @classmethod
     def of(cls, view: ResolvedView, completion: Completion) -> Self:
@@ -304,7 +317,7 @@ class CompletionOut(Answer):
             sandbox=view.sandbox,
             text=completion.text,
             finish_reason=completion.finish_reason,
-            tokens=[Token.of(token) for token in completion.tokens],
+            tokens=[ScoredToken.of(token) for token in completion.tokens],
         )
 
 

@@ -19,6 +19,7 @@ MAX_PROMPT = 32_768
 MAX_VIEWS = 16
 MAX_PROMPTS = 256
 MAX_PROBED = 4_096
+MAX_TOP_LOGPROBS = 20
 MIN_TEMPERATURE = 1e-3  # dividing logits by less overflows single precision
 MAX_HPARAM_DEPTH = 8
 CHECKPOINT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"

@@ -16,6 +16,7 @@ from app.api.schemas.base import (
     MAX_FACTS,
     MAX_PROBED,
     MAX_PROMPTS,
+    MAX_TOP_LOGPROBS,
     MAX_VIEWS,
     Bound,
     Candidate,
@@ -173,6 +174,18 @@ class SamplingFields(Request):
     stop: list[StopText] = Field(
         default_factory=list, max_length=8, description="The text ends before any of these."
     )
+    top_logprobs: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_TOP_LOGPROBS,
+        description="How many of the likeliest tokens come with each token, as its `top`.",
+    )
+    ignore_end: bool = Field(
+        default=False, description="Go on past the end of the text, to `max_new_tokens`."
+    )
+    stream: bool = Field(
+        default=False, description="Answer with server-sent events, a piece of text at a time."
+    )
 
     def to_domain(self) -> Sampling:
         return Sampling(
@@ -182,6 +195,8 @@ class SamplingFields(Request):
             top_k=self.top_k,
             seed=self.seed,
             stop=tuple(self.stop),
+            top_logprobs=self.top_logprobs,
+            ignore_end=self.ignore_end,
         )
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import uvicorn
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Work(Protocol):
@@ -25,6 +31,21 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, work: Work) -> None:
         super().__init__(config)
         self._work = work
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take SIGTERM and SIGINT as the wish to stop. uvicorn raises them again once it has
+        stopped, so that a server which has answered everybody looks like one that was killed;
+        ours then ends with status 0, after its caller's own clearing up."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        former = {number: signal.signal(number, self.handle_exit) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Called within a tenth of a second of SIGTERM or SIGINT, on the event loop: a signal

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -26,13 +26,14 @@ from app.errors import InvalidInput, Overloaded, ShuttingDown
 from app.reading import Listener, Prompt
 from app.weights.chat import render_chat
 from app.weights.decoding import Row, choose, encode_prompt
+from app.weights.loading import LoadedModel
 from app.weights.mixed_model import MixedModel
 from app.weights.overlays import Overlays
-from app.weights.views import ViewCache
+from app.weights.views import View, ViewCache
 
 log = structlog.get_logger(__name__)
 
-Work = Callable[[], None]
+GROWTH = 3  # times the keys and values under way: stores grow ahead, and prompts have their own
 
 
 class Engine:
@@ -49,15 +50,16 @@ class Engine:
         prefix_bytes: int = 64 << 20,
         overlay_bytes: int = 1 << 30,
     ) -> None:
-        """``chunk_tokens`` of prompts are read between two steps of the answers. ``cache_bytes``
-        bound the keys and values of what is under way, ``prefix_bytes`` those kept for prompts
-        that begin alike, ``overlay_bytes`` see ``Overlays``."""
+        """``chunk_tokens`` of prompts are read between two steps of the answers. What is under way
+        takes ``cache_bytes`` of keys and values, the room that stores grow ahead included, unless
+        a single request takes more; ``prefix_bytes`` are kept for prompts that begin alike, and
+        ``overlay_bytes`` see ``Overlays``."""
         self._loaded = views.loaded
         self._overlays = Overlays(views, budget_bytes=overlay_bytes)
         self._max_rows = max_batch_rows
         self._max_pending = max_pending
         self._chunk_tokens = chunk_tokens
-        self._max_tokens = max(1, cache_bytes // count_token_bytes(views))
+        self._max_tokens = max(1, cache_bytes // GROWTH // count_token_bytes(views.loaded))
         depth = views.loaded.anatomy.depth
         self._depth = depth
         self._reader, self._writer = (MixedModel(views.loaded) for _ in range(2))
@@ -70,6 +72,7 @@ class Engine:
         self._prefills: deque[Prefill] = deque()
         self._decoding = Decoding(depth)
         self._steps = self._tokens = self._prompt_tokens = 0
+        self._lightened: View | None = None  # the live view that reads were last moved to
         self._signal = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -87,6 +90,7 @@ class Engine:
         Raises:
             ContextExceeded, InvalidInput: the prompt. Overloaded: the queue is full, or the view
             finds no room. JournalError: a delta of the view is missing or damaged.
+            EditRejected: the view's ledger can't be solved.
         """
         ids = encode_prompt(self._loaded, prompt, sampling.max_new_tokens)
         if sampling.max_new_tokens < 1 and not sampling.echo:
@@ -116,7 +120,7 @@ class Engine:
         with self._signal:
             return {
                 "waiting": len(self._waiting),
-                "prefilling": sum(len(prefill.requests) for prefill in self._prefills),
+                "prefilling": sum(len(prefill.requests) for prefill in tuple(self._prefills)),
                 "running": len(self._decoding.requests),
                 "views_in_batch": self._writer.reach if self._decoding.requests else 0,
                 "max_batch_rows": self._max_rows,
@@ -139,7 +143,7 @@ class Engine:
         self._thread.join()
 
     def _refuse_beyond_queue(self) -> None:
-        if self._closing:
+        if not self.alive:
             raise ShuttingDown("The server is shutting down.", retry_after=5)
         if len(self._waiting) >= self._max_pending:
             raise Overloaded(
@@ -149,9 +153,23 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while self._admit():
-            self._read_prompts()
-            self._write_answers()
+        try:
+            while self._admit():
+                self._read_prompts()
+                self._write_answers()
+        except BaseException as error:
+            log.critical("the engine has stopped", exc_info=error)
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Nothing is answered any more; nobody is left waiting."""
+        with self._signal:
+            self._closing = True
+            left = [*self._waiting, *self._decoding.requests]
+            left += [request for prefill in self._prefills for request in prefill.requests]
+            self._waiting.clear()
+        for request in left:
+            request.fail(ShuttingDown("The engine has stopped; restart the server.", retry_after=5))
 
     def _admit(self) -> bool:
         """Group what waits and finds room; sleep while there is nothing to do. ``False`` once
@@ -161,7 +179,8 @@ class Engine:
             while not (self._waiting or self._prefills or self._decoding.requests):
                 if self._closing:
                     return False
-                self._writer.arrange(())  # lets the views go
+                for mixed in self._forwards:
+                    mixed.arrange(())  # lets the views go
                 self._signal.wait()
                 self._forget_unwanted()
             admitted = self._take_admissible()
@@ -172,12 +191,14 @@ class Engine:
     def _forget_unwanted(self) -> None:
         if any(request.unwanted for request in self._waiting):
             self._waiting = deque(r for r in self._waiting if not r.unwanted)
+        if any(prefill.unwanted for prefill in self._prefills):
+            self._prefills = deque(p for p in self._prefills if not p.unwanted)
 
     def _take_admissible(self) -> list[Request]:
         """The first that wait, as far as the rows and the memory for keys and values go; one
         that alone is too long for it is let in when there is no other."""
-        under_way = [r for prefill in self._prefills for r in prefill.requests]
-        under_way += self._decoding.requests
+        under_way = [r for prefill in self._prefills for r in prefill.requests if not r.unwanted]
+        under_way += [r for r in self._decoding.requests if not r.unwanted]
         count = len(under_way)
         longest = max((request.row.longest for request in under_way), default=0)
         admitted: list[Request] = []
@@ -196,24 +217,21 @@ class Engine:
             self._fail(group, error)
 
     def _read_prompts(self) -> None:
-        """Read a chunk of the prompts that came first."""
+        """Read a chunk of the prompts that have waited longest for one."""
         if not self._prefills:
             return
-        prefill = self._prefills[0]
+        prefill = self._prefills.popleft()
         try:
-            logits = None
-            if not all(request.unwanted for request in prefill.requests):
-                self._reader.arrange([request.overlay for request in prefill.requests])
-                logits = prefill.step(self._forwards[self._reader], self._chunk_tokens)
-                if logits is None:
-                    return
-            self._prefills.popleft()
-            self._reader.arrange(())
-            if logits is not None:
+            self._reader.arrange([request.overlay for request in prefill.requests])
+            logits = prefill.step(self._forwards[self._reader], self._chunk_tokens)
+            if logits is None:
+                self._prefills.append(prefill)
+            else:
                 self._finish_prefill(prefill, logits)
         except Exception as error:
-            self._prefills = deque(p for p in self._prefills if p is not prefill)
             self._fail(prefill.requests, error)
+        finally:
+            self._reader.arrange(())
 
     def _finish_prefill(self, prefill: Prefill, logits: torch.Tensor) -> None:
         """Give each prompt its first token, and a row among the answers."""
@@ -221,19 +239,25 @@ class Engine:
         prefill.save_prefixes()
         ended = self._take_tokens(prefill.requests, logits)
         going = [row for row in range(len(prefill.requests)) if row not in ended]
-        if going:
-            prefill.cache.keep(going)
+        if not going:
+            return
+        prefill.cache.keep(going)
+        try:
             self._decoding.join([prefill.requests[row] for row in going], prefill.cache)
+        except Exception as error:  # the rows there may have moved in part
+            self._fail(self._decoding.clear(), error)
+            raise
 
     def _write_answers(self) -> None:
         """One token for every answer under way."""
         decoding = self._decoding
-        unwanted = {row for row, r in enumerate(decoding.requests) if r.unwanted}
-        if unwanted:
-            decoding.drop(unwanted)
-        if not decoding.requests:
-            return
         try:
+            unwanted = {row for row, r in enumerate(decoding.requests) if r.unwanted}
+            if unwanted:
+                decoding.drop(unwanted)
+            if not decoding.requests:
+                return
+            self._lighten(decoding.requests)
             self._writer.arrange([request.overlay for request in decoding.requests])
             logits = decoding.step(self._forwards[self._writer])
             ended = self._take_tokens(decoding.requests, logits)
@@ -243,16 +267,26 @@ class Engine:
         except Exception as error:
             self._fail(decoding.clear(), error)
 
+    def _lighten(self, requests: Sequence[Request]) -> None:
+        """Where reads hold more matrices of their own than there is room for, as those that were
+        under way at commits do, have them go on by factors on the live ones; once a commit."""
+        if not self._overlays.crowded or self._overlays.live is self._lightened:
+            return
+        self._lightened = self._overlays.live
+        for request in requests:
+            request.overlay = self._overlays.lighten(request.overlay)
+
     def _take_tokens(self, requests: Sequence[Request], logits: torch.Tensor) -> set[int]:
         """Choose the requests' next tokens; the places of those whose answers end here."""
         ended: set[int] = set()
+        known = sum(len(request.row.ids) for request in requests)
         choices = choose(logits, [request.row for request in requests])
         for place, (request, choice) in enumerate(zip(requests, choices, strict=True)):
             if request.take(choice, self._loaded):
                 continue
             ended.add(place)
             request.deliver(self._loaded)
-        self._tokens += len(requests)
+        self._tokens += sum(len(request.row.ids) for request in requests) - known
         return ended
 
     def _fail(self, requests: Sequence[Request], error: Exception) -> None:
@@ -261,11 +295,11 @@ class Engine:
             request.fail(error)
 
 
-def count_token_bytes(views: ViewCache) -> int:
+def count_token_bytes(loaded: LoadedModel) -> int:
     """Bytes of a token's keys and values over all layers, at most."""
-    config = views.loaded.model.config
+    config = loaded.model.config
     heads = getattr(config, "num_attention_heads", 1)
     kept = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    size = next(views.loaded.model.get_input_embeddings().parameters()).element_size()
-    return int(2 * views.loaded.anatomy.depth * kept * width * size)
+    size = next(loaded.model.get_input_embeddings().parameters()).element_size()
+    return int(2 * loaded.anatomy.depth * kept * width * size)

@@ -51,6 +51,11 @@ class Prefill:
             logits = logits[:, -1]
         return logits if self._read == self._rest else None
 
+    @property
+    def unwanted(self) -> bool:
+        """Whether nobody waits for any of the answers any more."""
+        return all(request.unwanted for request in self.requests)
+
     def save_prefixes(self) -> None:
         """Remember the prompts that have been read, for those that begin like them."""
         for row, request in enumerate(self.requests):

@@ -43,12 +43,9 @@ class Prefixes:
 
     def load(self, view: bytes, ids: Sequence[int], count: int) -> States:
         """Keys and values of the first ``count`` tokens, no more than ``match`` said."""
-        pages: list[States] = []
-        for key in self._keys(view, ids):
-            if len(pages) * PAGE >= count:
-                break
-            self._pages.move_to_end(key)
-            pages.append(self._pages[key])
+        keys = list(self._keys(view, ids))[: -(-count // PAGE)]
+        pages = [self._pages[key] for key in keys]
+        self._touch(keys)
         self.hits += count
         return [
             (
@@ -59,17 +56,27 @@ class Prefixes:
         ]
 
     def save(self, view: bytes, ids: Sequence[int], cache: SlotCache, row: int) -> None:
-        """Keep the pages of a prompt that ``row`` of ``cache`` has been through."""
-        for number, key in enumerate(self._keys(view, ids)):
-            if key in self._pages:
-                self._pages.move_to_end(key)
-                continue
-            page = cache.read(row, number * PAGE, (number + 1) * PAGE)
-            self._pages[key] = page
-            self.nbytes += count_bytes(page)
+        """Keep the pages of a prompt that ``row`` of ``cache`` has been through, as many as there
+        is room for."""
+        keys = list(self._keys(view, ids))
+        for number, key in enumerate(keys):
+            if key not in self._pages:
+                page = cache.read(row, number * PAGE, (number + 1) * PAGE)
+                if (number + 1) * count_bytes(page) > self._budget:
+                    keys = keys[:number]
+                    break
+                self._pages[key] = page
+                self.nbytes += count_bytes(page)
+        self._touch(keys)
         while self.nbytes > self._budget:
             _, dropped = self._pages.popitem(last=False)
             self.nbytes -= count_bytes(dropped)
+
+    def _touch(self, keys: Sequence[PageKey]) -> None:
+        """Pages of one prompt were used; the first is the last to go, for without it the others
+        can't be found."""
+        for key in reversed(keys):
+            self._pages.move_to_end(key)
 
     def _keys(self, view: bytes, ids: Sequence[int]) -> Iterator[PageKey]:
         """The key of each whole page."""

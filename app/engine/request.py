@@ -55,7 +55,8 @@ class Request:
             self.future.set_result(completion)
 
     def fail(self, error: Exception) -> None:
-        if self.future.set_running_or_notify_cancel():
+        """Tell whoever waits, unless the answer has been given already."""
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
 
     def _tell(self, loaded: LoadedModel, *, finished: bool) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-COLUMNS = 64  # storage grows by doubling from here
+SPARE = 64  # columns that a store has at least beyond those needed, or half as many again
 
 States: TypeAlias = list[tuple[Tensor, Tensor]]
 """A row's keys and values per layer, each ``(heads, tokens, head_dim)``."""
@@ -76,8 +76,8 @@ class SlotCache(Cache):
         return sum(store.nbytes for layer in self.held for store in layer.stores)
 
     def mask(self, counts: Sequence[int], device: torch.device) -> Tensor:
-        """1 where a row has a token, ``(rows, columns)``, as many of them yet to come as the
-        longest of ``counts``, ``counts`` of them the row's."""
+        """The 2-D attention mask for a pass in which each row reads as many tokens as ``counts``
+        says: 1 where a row has one, 0 before its first, ``(rows, held + longest count)``."""
         width = self.end - self.start + max(counts)
         totals = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         first = width - torch.tensor(totals, device=device)
@@ -92,17 +92,17 @@ class SlotCache(Cache):
         """Make room for as many columns more."""
         self.start = self.end - max(self.lengths, default=0)
         if self.end + columns > self.columns:
-            needed = 2 * (self.end - self.start + columns)
-            self._move(self.rows, _double(max(COLUMNS, self.columns), needed), 0)
+            needed = self.end - self.start + columns
+            self._move(self.rows, needed + max(SPARE, needed // 2), 0)
 
     def join(self, other: SlotCache) -> None:
         """Take over another cache's rows, behind these."""
         taken, known, fresh = max(other.lengths), len(self.lengths), len(other.lengths)
         self.start = self.end - max(self.lengths, default=0)
-        short = max(0, taken - self.end)
-        rows = _double(self.rows, known + fresh)
-        if rows != self.rows or short:
-            self._move(rows, _double(self.columns, self.end + short), self.start + short)
+        short, rows = max(0, taken - self.end), known + fresh
+        if rows > self.rows or short:
+            rows = self.rows if rows <= self.rows else rows + rows // 4
+            self._move(rows, max(self.columns, self.end + short), self.start + short)
         window = slice(other.end - taken, other.end)
         for mine, theirs in zip(self.held, other.held, strict=True):
             mine.open(*(store[0] for store in theirs.stores))
@@ -140,8 +140,11 @@ class SlotCache(Cache):
                 for store in layer.stores:
                     store[into, :, window] = store[out_of, :, window]
         self.lengths = [self.lengths[old] for old in order]
-        if not order:
+        if not order:  # let the memory go, too: the next rows may be few and short
             self.start = self.end = 0
+            self.rows = self.columns = 1
+            for layer in self.held:
+                layer.stores = ()
 
     def _move(self, rows: int, columns: int, start: int) -> None:
         """Storage of another size, with the tokens from column ``start`` on."""
@@ -156,9 +159,3 @@ class SlotCache(Cache):
             layer.stores = tuple(moved)
         self.rows, self.columns = rows, columns
         self.start, self.end = start, start + width
-
-
-def _double(size: int, needed: int) -> int:
-    while size < needed:
-        size *= 2
-    return size

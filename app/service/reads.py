@@ -53,7 +53,7 @@ class RestartingRead:
         self._listener = listener
         self._lock = threading.Lock()
         self._round = 0
-        self._current = self._begin(view)
+        self._current = self._begin(view, 0)
         self._current.add_done_callback(partial(self._finish, 0))
         self.future.add_done_callback(self._give_up)
 
@@ -61,32 +61,45 @@ class RestartingRead:
         self.future.cancel()
 
     def restart(self, view: ResolvedView) -> None:
-        """Begin anew on another state, unless it is over, or has begun anew too often."""
+        """Begin anew on a later revision, unless it is over, or has begun anew too often. Where
+        there is no room to, it goes on as it is."""
         with self._lock:
             if self.future.done() or self._round == MAX_RESTARTS:
                 return
-            self._round += 1
-            former, number = self._current, self._round
-            if self._listener is not None:
-                self._listener(Piece("", restarted=True))
+            if (view.revision or 0) <= (self.view.revision or 0):
+                return
             try:
-                self._current, failure = self._begin(view), None
-                self.view = view
+                current = self._begin(view, self._round + 1)
             except Exception as error:
-                failure = error
+                log.warning("a read goes on where it was: it can't begin anew", error=repr(error))
+                return
+            former, self._current, self.view = self._current, current, view
+            self._round = number = self._round + 1
+            self._tell(Piece("", restarted=True))
         former.cancel()  # not under the lock, which what is called then takes
-        if failure is None:
-            self._current.add_done_callback(partial(self._finish, number))
-        elif self.future.set_running_or_notify_cancel():
-            self.future.set_exception(failure)
+        current.add_done_callback(partial(self._finish, number))
+        if self.future.cancelled():
+            current.cancel()
 
-    def _begin(self, view: ResolvedView) -> Future[Completion]:
-        listener = None if self._listener is None else partial(self._hear, self._round)
+    def _begin(self, view: ResolvedView, number: int) -> Future[Completion]:
+        listener = None if self._listener is None else partial(self._hear, number)
         return self._engine.generate(view.composition, self._prompt, self._sampling, listener)
 
     def _hear(self, number: int, piece: Piece) -> None:
-        if number == self._round and self._listener is not None:
+        with self._lock:
+            if number == self._round:
+                self._tell(piece)
+
+    def _tell(self, piece: Piece) -> None:
+        """A listener that fails hears no more; the commit that restarts its read is none of its
+        business."""
+        if self._listener is None:
+            return
+        try:
             self._listener(piece)
+        except Exception as error:
+            log.error("a listener failed, and hears no more", error=repr(error))
+            self._listener = None
 
     def _finish(self, number: int, ended: Future[Completion]) -> None:
         with self._lock:
@@ -169,8 +182,7 @@ class Reads:
         if policy is CommitPolicy.RESTART:
             read = RestartingRead(self._engine, view, prompt, sampling, listener)
             self._remember(self._restarting, read, read.future)
-            if self._live.head.revision.number != view.revision:
-                self._restart_one(read)  # it moved before we could be told
+            self._restart_one(read)  # if it has moved before we could be told
             return read
         future = self._engine.generate(view.composition, prompt, sampling, listener)
         if policy is CommitPolicy.DRAIN:

@@ -23,7 +23,7 @@ class ReadWatch:
         self._first_token_s: float | None = None
 
     def hear(self, piece: Piece) -> None:
-        if self._first_token_s is None:
+        if self._first_token_s is None and not piece.restarted:
             self._first_token_s = perf_counter() - self._began
         if self._listener is not None:
             self._listener(piece)

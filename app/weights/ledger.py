@@ -93,7 +93,7 @@ class Ledger:
             EditRejected: the rows' keys can't be told apart.
         """
         parts: dict[str, list[LowRank]] = {}
-        for name, system, members in self._systems_of(rows):
+        for name, system, members in self._systems_of(rows, keep=False):
             weights = _weigh_rows(system, members, name).T
             parts.setdefault(name, []).append(LowRank(weights.float(), system.solved.T))
         return {name: LowRank.joined(found) for name, found in parts.items()}
@@ -111,15 +111,16 @@ class Ledger:
 
     def _solve(self, rows: Mapping[Digest, SubjectRow]) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
-        for name, system, members in self._systems_of(rows):
+        for name, system, members in self._systems_of(rows, keep=True):
             part = matmul(_weigh_rows(system, members, name).T, system.solved).float()
             sums[name] = sums[name] + part if name in sums else part
         return sums
 
     def _systems_of(
-        self, rows: Mapping[Digest, SubjectRow]
+        self, rows: Mapping[Digest, SubjectRow], *, keep: bool
     ) -> Iterator[tuple[str, _System, list[SubjectRow]]]:
-        """Each matrix with the system of the rows that share a basis, and those rows."""
+        """Each matrix with the system of the rows that share a basis, and those rows. With
+        ``keep`` the next one starts from it: a commit's does, a read's of another state not."""
         for basis, name in sorted({(r.basis, name) for r in rows.values() for name in r.vectors}):
             members = {
                 digest: rows[digest]
@@ -127,7 +128,8 @@ class Ledger:
                 if rows[digest].basis == basis and name in rows[digest].vectors
             }
             system = _renew(self._systems.get((basis, name)), _read_columns(members, name))
-            self._systems[basis, name] = system
+            if keep:
+                self._systems[basis, name] = system
             yield name, system, list(members.values())
 
 

@@ -66,7 +66,7 @@ class Route:
     def __call__(self, inputs: Tensor, rows: int) -> Tensor:
         """Some models flatten ``(batch, tokens, d_ff)`` to ``(batch · tokens, d_ff)``."""
         if inputs.dim() == 2:
-            return self._multiply(inputs.view(rows, -1, inputs.shape[-1])).flatten(0, 1)
+            return self._multiply(inputs.reshape(rows, -1, inputs.shape[-1])).flatten(0, 1)
         return self._multiply(inputs)
 
     def _multiply(self, inputs: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from app.domain import Composition
 from app.errors import Overloaded
@@ -52,36 +52,61 @@ class Overlays:
     def __init__(
         self, views: ViewCache, *, max_rank: int = MAX_RANK, budget_bytes: int = 1 << 30
     ) -> None:
-        """``budget_bytes`` bounds the anchors that reads under way hold beside the live one,
-        and, once more, the factors kept for reads to come."""
+        """``budget_bytes`` is for the anchors, beside base and live, that reads under way hold,
+        and once more for the factors kept for reads to come. Reads of the live view are never
+        refused: where commits have left them too many anchors, ``lighten`` helps."""
         self._views = views
         self._max_rank = max_rank
         self._budget = budget_bytes
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._kept: OrderedDict[Composition, Overlay] = OrderedDict()
         self._kept_bytes = 0
-        self._in_use: WeakSet[Overlay] = WeakSet()  # those with an anchor to themselves
+        self._in_use: WeakValueDictionary[Composition, Overlay] = WeakValueDictionary()
 
     def get(self, composition: Composition) -> Overlay:
         """How a state is read now.
 
         Raises:
-            JournalError: a delta is missing or damaged. Overloaded: it needs an anchor of its
-            own, and those in use take all the memory there is for them.
+            JournalError: a delta is missing or damaged. EditRejected: its ledger can't be solved.
+            Overloaded: it needs an anchor of its own, and those in use take all the memory there
+            is for them.
         """
-        resident = self._views.find(composition) or self._find_in_use(composition)
-        if resident is not None:
-            return self._stand_on(resident)
+        known = self._find(composition)
+        if known is not None:
+            return known
+        resident = self._views.find(composition)
+        if resident is not None and not self.crowded:
+            overlay: Overlay | None = Overlay(composition, resident, {})
+        else:
+            overlay = self._lay(composition)
         with self._lock:
-            if composition in self._kept:
-                self._kept.move_to_end(composition)
-                return self._kept[composition]
-        overlay = self._lay(composition)
-        if overlay is None:
-            self._refuse_beyond_budget()
-            return self._stand_on(self._views.anchor(composition))
-        self._keep(overlay)
-        return overlay
+            if overlay is None:
+                overlay = self._take_anchor(composition)
+            self._keep(overlay)
+            self._in_use[composition] = overlay
+            return overlay
+
+    def lighten(self, overlay: Overlay) -> Overlay:
+        """The same state without an anchor of its own, if it can be read so."""
+        if overlay.factors or overlay.anchor in self._standing:
+            return overlay
+        lighter = self._lay(overlay.composition)
+        if lighter is None:
+            return overlay
+        with self._lock:
+            self._in_use[overlay.composition] = lighter
+        return lighter
+
+    @property
+    def crowded(self) -> bool:
+        """Whether reads hold all the memory there is for anchors, or more."""
+        with self._lock:
+            anchors = {overlay.anchor for overlay in self._in_use.values()} - self._standing
+        return sum(view.nbytes for view in anchors) >= self._budget
+
+    @property
+    def live(self) -> View:
+        return self._views.live
 
     @property
     def nbytes(self) -> int:
@@ -91,25 +116,38 @@ class Overlays:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def _stand_on(self, view: View) -> Overlay:
-        overlay = Overlay(view.composition, view, {})
-        with self._lock:
-            self._in_use.add(overlay)
-        return overlay
+    @property
+    def _standing(self) -> set[View]:
+        """Views that stay whether or not they are read."""
+        return {self._views.get(()), self._views.live}
 
-    def _find_in_use(self, composition: Composition) -> View | None:
-        """A view that was let go while somebody still reads it."""
+    def _find(self, composition: Composition) -> Overlay | None:
+        """An overlay that is at hand and as good as a new one."""
+        live = self._views.live
         with self._lock:
-            found = [o.anchor for o in self._in_use if o.composition == composition]
-        return found[0] if found else None
+            used = self._in_use.get(composition)
+            if used is not None and used.anchor in (live, self._views.get(())):
+                return used
+            if live.composition == composition:
+                self._in_use[composition] = found = Overlay(composition, live, {})
+                return found
+            if used is not None and not used.factors:
+                return used
+            kept = self._kept.get(composition)
+            if kept is not None:
+                self._kept.move_to_end(composition)
+                self._in_use[composition] = kept
+            return kept
 
     def _lay(self, composition: Composition) -> Overlay | None:
-        """Factors on the base or the live view, whichever is nearer."""
+        """Factors on the live view or the base, whichever is nearer."""
         found: list[Overlay] = []
-        for anchor in {id(v): v for v in (self._views.get(()), self._views.live)}.values():
-            factors = self._views.factors(composition, anchor.composition, self._max_rank)
+        bound = self._max_rank
+        for anchor in {id(v): v for v in (self._views.live, self._views.get(()))}.values():
+            factors = self._views.factors(composition, anchor.composition, bound)
             if factors is not None:
                 found.append(Overlay(composition, anchor, self._place(factors)))
+                bound = max(0, found[-1].rank - 1)
         return min(found, key=lambda overlay: overlay.rank, default=None)
 
     def _place(self, factors: Mapping[str, LowRank]) -> dict[str, LowRank]:
@@ -121,28 +159,26 @@ class Overlays:
             for name, factor in factors.items()
         }
 
-    def _refuse_beyond_budget(self) -> None:
-        with self._lock:
-            anchors = {overlay.anchor for overlay in self._in_use} - {self._views.live}
-        held = sum(view.nbytes for view in anchors)
-        if held >= self._budget:
+    def _take_anchor(self, composition: Composition) -> Overlay:
+        """Called under the lock, so that the budget holds for callers together."""
+        if self.crowded:
             raise Overloaded(
-                f"The views being read hold {held:,} bytes of weights of their own, and "
-                f"{self._budget:,} are set aside for them (VIEW_CACHE_BYTES); try again when "
-                "some of them have answered.",
+                f"The views being read hold as much memory for weights of their own as there is "
+                f"({self._budget:,} bytes, VIEW_CACHE_BYTES); try again when some of them have "
+                "answered.",
                 retry_after=2,
             )
+        return Overlay(composition, self._views.anchor(composition), {})
 
     def _keep(self, overlay: Overlay) -> None:
-        """An overlay on a live view that has moved on would keep that view's matrices, so only
-        those on the base are remembered."""
-        if overlay.anchor.composition:
+        """Remember an overlay on the base. One on a live view that has moved on would keep that
+        view's matrices."""
+        if overlay.anchor.composition or not overlay.composition:
             return
-        with self._lock:
-            if overlay.composition in self._kept:
-                return
-            self._kept[overlay.composition] = overlay
-            self._kept_bytes += overlay.nbytes
-            while self._kept_bytes > self._budget and len(self._kept) > 1:
-                _, dropped = self._kept.popitem(last=False)
-                self._kept_bytes -= dropped.nbytes
+        if overlay.composition in self._kept:
+            return
+        self._kept[overlay.composition] = overlay
+        self._kept_bytes += overlay.nbytes
+        while self._kept_bytes > self._budget and len(self._kept) > 1:
+            _, dropped = self._kept.popitem(last=False)
+            self._kept_bytes -= dropped.nbytes

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
+CONTEXT = 4  # tokens: enough for a character that the prompt breaks off within
 UNFINISHED = "\ufffd"  # what a decoder shows for part of a character
 
 
@@ -24,7 +25,7 @@ class TextStream:
         self.text = ""
         self._tokenizer = tokenizer
         self._stop = [text for text in stop if text]
-        self._ids = list(before[-1:])
+        self._ids = list(before[-CONTEXT:])
         self._settled = 0  # the tokens before this one are only context
         self._read = len(self._ids)  # those before this one have been told
         self._told = 0
@@ -57,8 +58,10 @@ class TextStream:
         now = self._decode(self._ids[self._settled :])
         if not finished and now.endswith(UNFINISHED):
             return ""
-        fresh = now[len(before) :]
-        self._settled, self._read = self._read, len(self._ids)
+        fresh = now[len(before.rstrip(UNFINISHED)) :]
+        if not before.endswith(UNFINISHED):  # else the context would begin within a character
+            self._settled = self._read
+        self._read = len(self._ids)
         if not self._over:
             self._append(fresh)
         return fresh

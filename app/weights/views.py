@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -110,11 +110,11 @@ class ViewCache:
         Raises:
             JournalError: a delta is missing or damaged.
         """
-        found = self._find(composition)
+        found = self.find(composition)
         if found is not None:
             return found
         with self._building:
-            found = self._find(composition)
+            found = self.find(composition)
             if found is None:
                 found = self._build(composition)
                 self._keep(found)
@@ -128,10 +128,6 @@ class ViewCache:
     def live(self) -> View:
         """The view pinned as the live one."""
         return self._live
-
-    def find(self, composition: Composition) -> View | None:
-        """The view of a composition if it is resident."""
-        return self._find(composition)
 
     def anchor(self, composition: Composition) -> View:
         """The view of a composition, kept within the budget for reads to come.
@@ -153,25 +149,30 @@ class ViewCache:
         of full rank, or where a matrix would need more than ``max_rank``.
 
         Raises:
-            JournalError: a delta is missing or damaged.
+            JournalError: a delta is missing or damaged. EditRejected: the rows can't be solved.
         """
         with self._building:
             changes, rows = self._divide(composition)
-            less_changes, less_rows = self._divide(base)
+            other_changes, other_rows = self._divide(base)
+            steps = difference_of(changes, other_changes)
+            if set(rows) == set(other_rows):
+                rows = other_rows = ()
+            most = max_rank * self.loaded.anatomy.depth
+            if len(steps) > most or max(len(rows), len(other_rows)) > max_rank:
+                return None
             parts: dict[str, list[LowRank]] = {}
-            for sign, digest in difference_of(changes, less_changes):
+            for sign, digest in steps:
                 for name, change in self.delta(digest).changes.items():
                     if not isinstance(change, LowRank):
                         return None
                     parts.setdefault(name, []).append(change if sign > 0 else change.negated())
-            if set(rows) != set(less_rows):
-                if max(len(rows), len(less_rows)) > max_rank:
+                if any(count_rank(found) > max_rank for found in parts.values()):
                     return None
-                for name, factor in self._ledger.factors(self.rows(rows)).items():
-                    parts.setdefault(name, []).append(factor)
-                for name, factor in self._ledger.factors(self.rows(less_rows)).items():
-                    parts.setdefault(name, []).append(factor.negated())
-        if any(sum(part.rank for part in found) > max_rank for found in parts.values()):
+            for name, factor in self._ledger.factors(self.rows(rows)).items():
+                parts.setdefault(name, []).append(factor)
+            for name, factor in self._ledger.factors(self.rows(other_rows)).items():
+                parts.setdefault(name, []).append(factor.negated())
+        if any(count_rank(found) > max_rank for found in parts.values()):
             return None
         return {name: LowRank.joined(found) for name, found in parts.items()}
 
@@ -259,7 +260,8 @@ class ViewCache:
             "views_bytes": sum(view.nbytes for view in views),
         }
 
-    def _find(self, composition: Composition) -> View | None:
+    def find(self, composition: Composition) -> View | None:
+        """The view of a composition if it is resident."""
         if not composition:
             return self._base
         live = self._live
@@ -283,12 +285,12 @@ class ViewCache:
             self._trim()
 
     def _trim(self) -> None:
-        """Let the least recently used views go; a generation that still runs on one keeps it
-        alive until its end."""
+        """Let the least recently used views go, those that no read asked for first; a generation
+        that still runs on one keeps it alive until its end."""
         while len(self._passing) > KEPT_PASSING:
             self._passing.popitem(last=False)
         spent = sum(v.nbytes for kept in (self._passing, self._resident) for v in kept.values())
-        for kept in (self._resident, self._passing):
+        for kept in (self._passing, self._resident):
             while spent > self._budget and len(self._resident) + len(self._passing) > 1 and kept:
                 _, dropped = kept.popitem(last=False)
                 spent -= dropped.nbytes
@@ -428,3 +430,8 @@ def difference_of(state: Composition, other: Composition) -> list[tuple[int, Dig
         for digest, count in counts.items()
         for _ in range(abs(count))
     ]
+
+
+def count_rank(parts: Sequence[LowRank]) -> int:
+    """The rank of a sum, at most."""
+    return sum(part.rank for part in parts)

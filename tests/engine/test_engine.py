@@ -12,13 +12,14 @@ from torch import Tensor
 from app.domain import Sampling
 from app.editing.editor import Editor
 from app.engine.decoding import Decoding
-from app.engine.engine import Engine
+from app.engine.engine import GROWTH, Engine
 from app.engine.forward import Forward
 from app.engine.prefill import Prefill
-from app.errors import Conflict, ContextExceeded, InvalidInput, Overloaded
+from app.engine.slots import SlotCache
+from app.errors import Conflict, ContextExceeded, InvalidInput, Overloaded, ShuttingDown
 from app.reading import Piece
 from app.weights.decoding import decode_greedily
-from app.weights.delta import Delta, Dense
+from app.weights.delta import Delta, Dense, LowRank
 from app.weights.views import ViewCache
 from tests.editing.conftest import FACTS
 from tests.tiny import MemoryDeltas, TinyModels
@@ -46,6 +47,14 @@ def edited(views: ViewCache, deltas: MemoryDeltas, tmp_path: Path) -> list[tuple
     plan = editor.plan("ft", {"layer": 2, "steps": 5, "learning_rate": 0.01})
     proposals = editor.propose(plan, (), FACTS[:2], independent=True, seed=0, timings={})
     return [(), *((deltas.add(p.payload),) for p in proposals)]
+
+
+def settle(engine: Engine) -> None:
+    """Wait until the engine has put everything away: answers are given a moment before."""
+    limit = time.monotonic() + SECONDS
+    while any(engine.describe()[name] for name in ("waiting", "prefilling", "running")):
+        assert time.monotonic() < limit
+        time.sleep(0.001)
 
 
 def test_answers_of_many_clients_on_many_views_are_those_given_alone(
@@ -175,11 +184,15 @@ def test_whatever_breaks_callers_are_told_and_the_engine_lives(
     expected = engine.generate((), PROMPTS[0], Sampling(3)).result(SECONDS)
     with monkeypatch.context() as patch:
         patch.setattr(broken, fail)
-        for future in [engine.generate((), prompt, Sampling(3)) for prompt in PROMPTS]:
-            with pytest.raises(RuntimeError, match="out of memory"):
-                future.result(SECONDS)
+        lengths = (3, 1, 3, 3)  # an answer of one token is given before the others join
+        futures = [
+            engine.generate((), prompt, Sampling(length))
+            for prompt, length in zip(PROMPTS, lengths, strict=True)
+        ]
+        failures = [future.exception(SECONDS) for future in futures]
+        assert sum(isinstance(failure, RuntimeError) for failure in failures) >= 3
     assert engine.alive
-    assert engine.describe()["running"] == engine.describe()["prefilling"] == 0
+    settle(engine)
     assert engine.generate((), PROMPTS[0], Sampling(3)).result(SECONDS).text == expected.text
 
 
@@ -288,19 +301,131 @@ def test_what_is_under_way_keeps_within_the_memory_for_keys_and_values(
 ) -> None:
     config = views.loaded.model.config
     token = 2 * 4 * config.num_hidden_layers * config.hidden_size
-    engine = Engine(views, cache_bytes=token * 3 * 40)
+    engine = Engine(views, cache_bytes=GROWTH * token * 3 * 40)
     seen: list[int] = []
+    held: list[int] = []
     step = Decoding.step
 
     def watch(decoding: Decoding, forward: Forward) -> Tensor:
         seen.append(len(decoding.requests))
-        return step(decoding, forward)
+        logits = step(decoding, forward)
+        held.append(decoding.cache.nbytes)
+        return logits
 
     monkeypatch.setattr(Decoding, "step", watch)
     sampling = Sampling(30, ignore_end=True)
     futures = [engine.generate((), PROMPTS[2], sampling) for _ in range(9)]
     assert len({future.result(SECONDS).text for future in futures}) == 1
     assert max(seen) == 3
+    assert max(held) < GROWTH * token * 3 * 40
+    settle(engine)
+    assert engine.describe()["cache_bytes"] == 0
     too_long = engine.generate((), PROMPTS[2], Sampling(121, ignore_end=True))
     assert len(too_long.result(SECONDS).tokens) == 121
+    engine.close()
+
+
+def test_an_engine_that_stops_leaves_nobody_waiting(
+    views: ViewCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_down(_: Engine) -> None:
+        raise SystemError("beyond repair")
+
+    engine = Engine(views, max_batch_rows=1)
+    monkeypatch.setattr(Engine, "_write_answers", break_down)
+    futures = [engine.generate((), prompt, Sampling(20)) for prompt in PROMPTS]
+    for future in futures:
+        with pytest.raises(ShuttingDown, match="restart"):
+            future.result(SECONDS)
+    assert not engine.alive
+    with pytest.raises(ShuttingDown):
+        engine.generate((), PROMPTS[0], Sampling(2))
+    engine.close()
+
+
+def test_a_join_that_fails_half_way_gives_nobody_a_wrong_answer(
+    views: ViewCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows there may have moved in some layers only."""
+    engine = Engine(views)
+    sampling = Sampling(60, ignore_end=True)
+    alone = engine.generate((), PROMPTS[2], sampling).result(SECONDS).text
+    going = engine.generate((), PROMPTS[2], sampling)
+    while engine.describe()["running"] == 0:
+        time.sleep(0.0005)
+
+    def fail_after_moving(cache: SlotCache, other: SlotCache) -> None:
+        cache._move(cache.rows, cache.columns + 50, cache.start + 3)
+        for layer in cache.held[2:]:
+            layer.stores = tuple(torch.zeros_like(store) for store in layer.stores)
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SlotCache, "join", fail_after_moving)
+        joining = engine.generate((), PROMPTS[0], Sampling(3))
+        assert isinstance(joining.exception(SECONDS), RuntimeError)
+    error = going.exception(SECONDS)
+    assert isinstance(error, RuntimeError) or going.result().text == alone
+    assert engine.generate((), PROMPTS[2], sampling).result(SECONDS).text == alone
+    engine.close()
+
+
+def test_prompts_nobody_waits_for_free_their_places_before_their_turn(
+    views: ViewCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    step = Prefill.step
+
+    def wait(prefill: Prefill, forward: Forward, tokens: int) -> Tensor | None:
+        gate.wait(SECONDS)
+        return step(prefill, forward, tokens)
+
+    monkeypatch.setattr(Prefill, "step", wait)
+    engine = Engine(views, max_batch_rows=3, chunk_tokens=1)
+    held = engine.generate((), PROMPTS[3], Sampling(1))
+    while engine.describe()["waiting"]:
+        time.sleep(0.001)
+    others = [engine.generate((), PROMPTS[3], Sampling(1)) for _ in range(2)]
+    last = engine.generate((), PROMPTS[2], Sampling(1))
+    for future in others:
+        future.cancel()
+    gate.set()
+    assert last.result(SECONDS).tokens
+    assert held.result(SECONDS).tokens
+    engine.close()
+
+
+def test_reads_left_behind_by_commits_give_up_their_matrices_when_memory_is_short(
+    tiny: TinyModels, deltas: MemoryDeltas
+) -> None:
+    """They go on by factors on the live view; those of full rank keep what they have."""
+    loaded = tiny.load()
+    generator = torch.Generator().manual_seed(0)
+    d, d_ff = loaded.anatomy.shape(loaded.model, 1)
+    chain: list[str] = []
+    for _ in range(8):
+        low = LowRank(
+            torch.randn(d, 1, generator=generator),
+            torch.randn(d_ff, 1, generator=generator) / d_ff**0.5,
+        )
+        chain.append(deltas.add(Delta({loaded.anatomy.matrix_name(1): low}).to_bytes()))
+    states = [tuple(chain[: count + 1]) for count in range(len(chain))]
+    plain = deltas.views(loaded)
+    sampling = Sampling(100, ignore_end=True)
+    views = deltas.views(loaded, budget_bytes=1)
+    engine = Engine(views, overlay_bytes=2 * plain.get(states[0]).nbytes)
+    futures = []
+    for state in states:
+        views.pin_live(state)
+        futures.append(engine.generate(state, PROMPTS[0], sampling))
+        while engine.describe()["waiting"] or engine.describe()["prefilling"]:
+            time.sleep(0.0005)
+    limit = time.monotonic() + SECONDS
+    while len({request.overlay.anchor for request in engine._decoding.requests}) > 3:
+        assert time.monotonic() < limit
+        assert not futures[-1].done()
+        time.sleep(0.0005)
+    for state, future in zip(states, futures, strict=True):
+        expected = decode_greedily(plain.get(state).model, loaded, [PROMPTS[0]], 1)[0]
+        assert future.result(SECONDS).text.startswith(expected)
     engine.close()

@@ -127,7 +127,16 @@ def test_the_least_recently_used_pages_go_first() -> None:
     prefixes.save(b"view", second, cache_of([33]), 0)
     assert prefixes.nbytes == 3 * page_bytes
     assert prefixes.match(b"view", second) == 32
-    assert prefixes.match(b"view", first) == 0  # without its first page the rest is no use
+    assert prefixes.match(b"view", first) == 16  # without its first page the rest were no use
+
+
+def test_of_a_prompt_too_long_to_keep_its_beginning_is_kept() -> None:
+    page_bytes = DEPTH * 2 * 2 * 3 * 4 * PAGE
+    prefixes = Prefixes(2 * page_bytes)
+    ids = list(range(6 * PAGE + 1))
+    prefixes.save(b"view", ids, cache_of([len(ids)]), 0)
+    assert prefixes.match(b"view", ids) == 2 * PAGE
+    assert prefixes.nbytes == 2 * page_bytes
 
 
 def test_without_a_budget_nothing_is_kept() -> None:

@@ -16,7 +16,7 @@ from app.engine.decoding import Decoding
 from app.engine.forward import Forward
 from app.errors import Overloaded
 from app.reading import CommitPolicy, Piece, Read
-from app.service.reads import MAX_RESTARTS
+from app.service.reads import MAX_RESTARTS, RestartingRead
 from tests.service.bench import FACT, OTHER, Bench
 from tests.tiny import TinyModels
 
@@ -145,10 +145,13 @@ def test_a_cancelled_restarting_read_leaves_the_engine(bench: Bench, steps: Slow
     assert read.future.cancelled()
 
 
-def test_a_read_that_finds_no_room_to_restart_is_told(
+def test_a_read_that_finds_no_room_to_restart_goes_on_where_it_was(
     bench: Bench, steps: SlowSteps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = ask(bench, CommitPolicy.RESTART)
+    heard: list[Piece] = []
+    (read,) = bench.service.generate(
+        FACT.text, ["live"], LONG, listeners=[heard.append], on_commit=CommitPolicy.RESTART
+    )
     assert steps.begun.acquire(timeout=SECONDS)
 
     def refuse(*_: object) -> Future[Completion]:
@@ -158,9 +161,34 @@ def test_a_read_that_finds_no_room_to_restart_is_told(
         patch.setattr(bench.engine, "generate", refuse)
         revision: Revision = bench.service.revert("r0").result(SECONDS)
     assert revision.number == 3
-    with pytest.raises(Overloaded):
-        read.future.result(SECONDS)
     steps.gate.set()
+    assert read.future.result(SECONDS).text == said_on(bench, "r2")
+    assert read.view.revision == 2
+    assert not any(piece.restarted for piece in heard)
+
+
+def test_an_older_revision_restarts_nothing(bench: Bench, steps: SlowSteps) -> None:
+    """As when a read begins while the head moves."""
+    read = ask(bench, CommitPolicy.RESTART)
+    assert isinstance(read, RestartingRead)
+    for number in (1, 2):
+        read.restart(bench.service.resolve(f"r{number}"))
+    assert read.view.revision == 2
+    steps.gate.set()
+    assert read.future.result(SECONDS).text == said_on(bench, "r2")
+
+
+def test_a_listener_that_fails_does_not_harm_the_commit(bench: Bench, steps: SlowSteps) -> None:
+    def fail(_: Piece) -> None:
+        raise RuntimeError("gone")
+
+    (read,) = bench.service.generate(
+        FACT.text, ["live"], LONG, listeners=[fail], on_commit=CommitPolicy.RESTART
+    )
+    assert steps.begun.acquire(timeout=SECONDS)
+    assert bench.service.revert("r0").result(SECONDS).number == 3
+    steps.gate.set()
+    assert read.future.result(SECONDS).text == said_on(bench, "r0")
 
 
 def test_reads_of_several_views_begin_together_or_not_at_all(

@@ -21,6 +21,7 @@ from app.weights.loading import LoadedModel
 from app.weights.snapshot_folder import Part, SnapshotFolder
 from app.weights.snapshots import MAX_REPLAY, SnapshotStore
 from app.weights.views import ViewCache
+from tests.patience import SECONDS
 from tests.tiny import MemoryDeltas, TinyModels
 from tests.weights.test_ledger import make_row
 
@@ -303,7 +304,7 @@ def test_writing_holds_up_neither_commits_nor_reads_and_the_last_state_counts(
     let_go, write, written = threading.Event(), SnapshotFolder.write, []
 
     def write_slowly(self: SnapshotFolder, *given: object) -> bool:
-        assert let_go.wait(10)
+        assert let_go.wait(SECONDS)
         written.append(given)
         return write(self, *given)  # type: ignore[arg-type]
 

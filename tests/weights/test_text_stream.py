@@ -69,3 +69,11 @@ def test_a_character_that_never_ends_is_shown_at_the_end(
     assert stream.tell() == ""
     stream.finish()
     assert stream.tell(finished=True) == UNFINISHED
+
+
+def test_a_character_that_the_prompt_breaks_off_within_is_continued(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    first, *rest = encode("éx and more")
+    stream = TextStream(tokenizer, [*encode("Paris"), first])
+    assert "".join(stream.add(token) for token in rest) == "éx and more"

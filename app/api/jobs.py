@@ -12,6 +12,7 @@ from fastapi import APIRouter, Header, Query, Response
 from starlette.responses import StreamingResponse
 
 from app.api.deps import PageQuery
+from app.api.event_stream import EVENT_STREAM, HEADERS
 from app.api.job_schemas import JobOut, JobPage
 from app.api.long_call import JobsDep
 from app.api.problems import problem_responses
@@ -21,7 +22,6 @@ from app.jobs import Feed, JobEvent, JobStatus
 
 HEARTBEAT_SECONDS = 15.0
 HEARTBEAT = ": still at it\n\n"
-EVENT_STREAM = "text/event-stream"
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], responses=problem_responses(401, 403, 422, 500))
 
@@ -88,8 +88,7 @@ async def watch_job(
     unread, _ = feed.read(after)
     if job.status.final and not unread:
         return Response(status_code=204)
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(stream(feed, after), media_type=EVENT_STREAM, headers=headers)
+    return StreamingResponse(stream(feed, after), media_type=EVENT_STREAM, headers=HEADERS)
 
 
 async def stream(feed: Feed, after: int) -> AsyncIterator[str]:

@@ -109,6 +109,7 @@ class Service:
         self._lane = Lane(max_pending_edits, "edits", prepare_lane)
         self._requests = Requests(journal)
         self._closed = False
+        self._on_commit = on_commit
         self._observers = Observers()
         self._live = LiveModel(journal, views, store, self._observers)
         self._names = ViewNames(journal, self._live)
@@ -178,6 +179,11 @@ class Service:
     @property
     def head(self) -> Revision:
         return self._live.head.revision
+
+    @property
+    def on_commit(self) -> CommitPolicy:
+        """What reads of the live view do at a commit unless they say otherwise."""
+        return self._on_commit
 
     @property
     def read_only(self) -> str | None:

@@ -1,4 +1,5 @@
-"""Commands set logging up for a process of their own; here they share one."""
+"""Commands set logging up for a process of their own; here they share one, and the request log of
+the servers that they call would be among what they print."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import structlog
 
 @pytest.fixture(autouse=True)
 def logging_as_it_was() -> Iterator[None]:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     handlers, level = logging.getLogger().handlers[:], logging.getLogger().level
     yield
     logging.getLogger().handlers[:] = handlers

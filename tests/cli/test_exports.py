@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 from typer.testing import CliRunner, Result
 
 from app.almanac import MODEL_FOLDER
@@ -31,6 +33,7 @@ from app.errors import (
 from tests.almanac_servers import AlmanacServers
 from tests.api.conftest import FACT
 from tests.fakes import FakeWorld, build_world, running_server
+from tests.patience import SECONDS
 from tests.test_docs import ROOT, assert_shows, read_session
 
 
@@ -48,6 +51,8 @@ class Place:
 @pytest.fixture
 def places(tmp_path: Path) -> Iterator[tuple[Place, Place]]:
     """Two servers of the same base, the first with an edit."""
+    # They share this process, and the log its stdout.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     with ExitStack() as stack:
         made = []
         for name in ("here", "there"):
@@ -158,7 +163,7 @@ def test_hanging_up_cancels_what_was_asked_for(here: Place) -> None:
     here.world.exporter.gate.clear()
 
     def hang_up(what: str, done: int, of: int) -> None:
-        here.world.exporter.entered.wait(5)
+        assert here.world.exporter.entered.wait(SECONDS)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

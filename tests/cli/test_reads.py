@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from typer.testing import CliRunner, Result
 
 from app.cli import cli
@@ -18,6 +20,8 @@ PROMPT = "The capital of France is"
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWorld]:
+    # The server shares this process, and the log its stdout.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     world = build_world(tmp_path)
     with running_server(world) as url:
         monkeypatch.setenv("PALIMPSEST_URL", url)

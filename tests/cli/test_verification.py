@@ -13,6 +13,7 @@ from app.domain import EditCommand, Fact
 from app.settings import DATABASE_FILE, DELTA_FOLDER
 from app.weights.snapshot_folder import KINDS_FILE, SNAPSHOT_FOLDER, Part, SnapshotFolder
 from tests.fakes import build_world
+from tests.patience import SECONDS
 
 
 @pytest.fixture
@@ -21,7 +22,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     folder = tmp_path / "palimpsest" / "model-12345678"
     service = build_world(folder).service
-    service.submit_edit(EditCommand((Fact("The capital of {} is", "France", "Rome"),))).result(10)
+    service.submit_edit(EditCommand((Fact("The capital of {} is", "France", "Rome"),))).result(
+        SECONDS
+    )
     service.close()
     assert (folder / DATABASE_FILE).is_file()
     return folder
@@ -42,7 +45,7 @@ def edit(folder: Path, *subjects: str) -> list[Path]:
     service, files = build_world(folder).service, []
     for subject in subjects:
         fact = Fact("The capital of {} is", subject, "Rome")
-        (digest,) = service.submit_edit(EditCommand((fact,))).result(10).deltas
+        (digest,) = service.submit_edit(EditCommand((fact,))).result(SECONDS).deltas
         files.append(folder / DELTA_FOLDER / digest[:2] / f"{digest}.safetensors")
     service.close()
     return files
@@ -76,7 +79,7 @@ def test_a_head_that_needs_no_bad_delta_is_told_so(folder: Path) -> None:
     """A revert left the damaged one behind."""
     (spain,) = edit(folder, "Spain")
     service = build_world(folder).service
-    service.revert("r1").result(10)
+    service.revert("r1").result(SECONDS)
     service.close()
     damage(spain)
     code, output = verify()

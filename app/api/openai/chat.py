@@ -82,7 +82,7 @@ async def converse(
     on_commit: OnCommit = None,
 ) -> ChatAnswer | Response:
     """`model` is a view, as in `/v1/completions`. A model without a chat template refuses."""
-    policy = choose_policy(on_commit, stream=body.stream)
+    policy = choose_policy(on_commit, service.on_commit, stream=body.stream)
     view = await run_in_threadpool(loaded.view_of, service, body.model)
     messages = [message.to_domain() for message in body.messages]
     prompt = await run_in_threadpool(service.render_chat, messages)

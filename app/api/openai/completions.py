@@ -103,7 +103,7 @@ async def complete(
 ) -> TextAnswer | Response:
     """`model` is a view: live, base, a revision, a checkpoint's name, a sandbox's id. A client
     that hangs up gives its choices up."""
-    policy = choose_policy(on_commit, stream=body.stream)
+    policy = choose_policy(on_commit, service.on_commit, stream=body.stream)
     view = await run_in_threadpool(loaded.view_of, service, body.model)
     orders = [
         ReadOrder(prompt, [view], sampling, policy)
@@ -125,9 +125,11 @@ async def complete(
     )
 
 
-def choose_policy(asked: CommitPolicy | None, *, stream: bool) -> CommitPolicy | None:
+def choose_policy(
+    asked: CommitPolicy | None, otherwise: CommitPolicy, *, stream: bool
+) -> CommitPolicy:
     """What becomes of an answer at a commit. A stream never begins anew, even where the server
-    is set to that: OpenAI's form has no way to take back what was sent.
+    is set to that (``otherwise``): OpenAI's form has no way to take back what was sent.
 
     Raises:
         InvalidInput: that is what is asked for.
@@ -138,4 +140,5 @@ def choose_policy(asked: CommitPolicy | None, *, stream: bool) -> CommitPolicy |
             "stream, or use POST /generate.",
             field=ON_COMMIT_HEADER,
         )
-    return asked or (CommitPolicy.PIN if stream else None)
+    policy = asked or otherwise
+    return CommitPolicy.PIN if stream and policy is CommitPolicy.RESTART else policy

@@ -267,6 +267,7 @@ class Jobs:
             record.future = future
             self._started += 1
             record.number = self._started
+            assert record.job.id not in self._records
             self._records[record.job.id] = record
         outcome: Future[R] = Future()
         finish = partial(self._finish, record, render, outcome)

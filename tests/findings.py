@@ -10,7 +10,7 @@ from app.editing.editor import Editor
 from tests.tiny import MemoryDeltas, TinyModels
 
 TOKENS = 600  # of statistics
-PLAN = {"layers": [1], "steps": 1}
+PLAN = {"layers": [0, 1], "steps": 1}
 FACT = Fact("{} lies in", "Berlin", "Spain")
 
 

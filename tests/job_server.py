@@ -24,8 +24,7 @@ from app.errors import InvalidInput
 from app.jobs import JobResult, Jobs
 from app.serving import Server
 from app.settings import Scope
-
-SECONDS = 5
+from tests.patience import SECONDS
 
 
 class Lane:
@@ -108,5 +107,5 @@ def serving(jobs: Jobs, lane: Lane) -> Iterator[tuple[Server, threading.Thread, 
         finally:
             lane.gate.set()
             server.handle_exit(signal.SIGTERM, None)
-            thread.join(10)
+            thread.join(SECONDS)
     assert not thread.is_alive()

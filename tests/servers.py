@@ -12,6 +12,8 @@ from pathlib import Path
 
 import httpx
 
+from tests.patience import SECONDS
+
 START_TIMEOUT = 90.0
 
 
@@ -51,7 +53,7 @@ class Server:
             if self._process.poll() is not None:
                 raise RuntimeError(f"the server ended:\n{self.log.read_text()[-3000:]}")
             try:
-                if httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200:
+                if httpx.get(f"{self.url}/readyz", timeout=SECONDS).status_code == 200:
                     return
             except httpx.TransportError:
                 time.sleep(0.1)
@@ -69,6 +71,6 @@ class Server:
         if self._process is None:
             return 0
         self._process.send_signal(number)
-        status = self._process.wait(60)
+        status = self._process.wait(SECONDS)
         self._process = None
         return status

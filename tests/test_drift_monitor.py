@@ -15,6 +15,7 @@ from app.drift_monitor import DriftMonitor, LiveState, Pace
 from app.evaluation.drift_report import DriftLimits
 from app.evaluation.retention import AgedFact
 from tests.fakes import FakeEvaluator, FakeViews, sha256
+from tests.patience import SECONDS
 
 FAST = Pace(settle_s=0.05, every_s=0.0, load=1.0, patience_s=0.05, facts_asked=6, facts_per_step=2)
 FACTS = [Fact("{} lies in", f"Place {number}", "Spain") for number in range(20)]
@@ -40,7 +41,7 @@ class Gauge(FakeEvaluator):
         def step(what: str, done: int, of: int) -> None:
             progress(what, done, of)
             self.steps.append(time.monotonic())
-            self.hold.wait(5)
+            self.hold.wait(SECONDS)
 
         return super().drift(composition, step)
 
@@ -112,9 +113,9 @@ def world() -> Iterator[World]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + SECONDS
     while not condition():
-        assert time.monotonic() < deadline, "waited for 5 s"
+        assert time.monotonic() < deadline, f"waited for {SECONDS} s"
         time.sleep(0.005)
 
 
@@ -324,6 +325,7 @@ def test_closing_gives_a_measurement_up(world: World) -> None:
     closing.start()
     time.sleep(0.05)
     world.gauge.hold.set()
-    closing.join(5)
+    closing.join(SECONDS)
+    assert not closing.is_alive()
     assert len(world.gauge.steps) == 1
     assert watch.monitor.latest() is None

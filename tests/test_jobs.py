@@ -19,8 +19,8 @@ from app.domain import Progress
 from app.errors import Cancelled, Conflict, EditRejected, GuardFailed, NotFound, ShuttingDown
 from app.errors import InvalidInput as BadInput
 from app.jobs import EVENT_SECONDS, EventName, Job, JobEvent, JobResult, Jobs, JobStatus
+from tests.patience import SECONDS
 
-SECONDS = 5
 LINK = JobResult(link="/edits/e1")
 
 Work = Callable[[Progress], str]
@@ -202,7 +202,7 @@ def test_a_finished_job_keeps_nothing_of_its_work_alive(
         raise EditRejected(f"{type(tensor).__name__} is too large.")
 
     job, outcome = begin(jobs, lane, fail)
-    wait_for([outcome], SECONDS)
+    assert not wait_for([outcome], SECONDS).not_done
     lane.submit(int).result(SECONDS)  # the lane has let go of what it ran
     del outcome
     gc.collect()
@@ -560,7 +560,7 @@ def test_any_number_of_threads_leave_every_job_with_one_end() -> None:
 
     with ThreadPoolExecutor(4) as workers, ThreadPoolExecutor(8) as callers:
         made = list(callers.map(call, range(200)))
-        wait_for([outcome for _, outcome in made], SECONDS)
+        assert not wait_for([outcome for _, outcome in made], SECONDS).not_done
     ends = [jobs.get(job_id).status for job_id, _ in made]
     assert ends.count(JobStatus.DONE) == len(changed)
     assert ends.count(JobStatus.CANCELLED) == 200 - len(changed)

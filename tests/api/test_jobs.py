@@ -23,7 +23,8 @@ from app.errors import EditRejected
 from app.jobs import Feed, JobEvent, JobResult, Jobs
 from app.settings import Scope
 from tests.api.conftest import URL
-from tests.job_server import SECONDS, Lane, create_app, serving
+from tests.job_server import Lane, create_app, serving
+from tests.patience import SECONDS
 
 ASYNC = {"Prefer": "respond-async"}
 

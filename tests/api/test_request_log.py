@@ -31,7 +31,7 @@ from tests.fakes import FakeWorld, running_server
 from tests.servers import Server
 
 Lines: TypeAlias = Callable[[], list[dict[str, Any]]]
-OWN_ID = re.compile(r"q[0-9a-z]{13}")
+OWN_ID = re.compile(r"q[0-9a-z]{17}")
 SECRETS = ("the-key", "Secretville", "Secretia", "Secretish", "secret%20", "secret+", "secret ")
 
 

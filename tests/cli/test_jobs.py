@@ -14,7 +14,8 @@ from typer.testing import CliRunner, Result
 from app.cli import cli
 from app.errors import EditRejected
 from app.jobs import Jobs
-from tests.job_server import SECONDS, Lane, serving
+from tests.job_server import Lane, serving
+from tests.patience import SECONDS
 
 Run = Callable[..., Result]
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import httpx
 
-SECONDS = 60.0
+from tests.patience import SECONDS
+
 ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)")
 POINT = re.compile(r"^point: (.+)$", re.MULTILINE)
 REFUSED = re.compile(r"^refused: (.+)$", re.MULTILINE)

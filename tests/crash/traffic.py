@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 
 from tests.crash.acknowledgements import Acknowledgements, Key
+from tests.patience import SECONDS
 
-SECONDS = 60.0
 FACTS = [
     {"prompt": prompt, "subject": subject, "target": target}
     for prompt, subjects in (

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from app.evaluation.once import Once
+from tests.patience import SECONDS
 
 
 def test_many_threads_get_the_one_value_that_was_made() -> None:
@@ -20,7 +21,7 @@ def test_many_threads_get_the_one_value_that_was_made() -> None:
     assert made == []
 
     def get() -> object:
-        together.wait(10)
+        together.wait(SECONDS)
         return once.get()
 
     with ThreadPoolExecutor(8) as pool:

@@ -63,18 +63,23 @@ class Bench:
             exports=self._folder / "exports",
             uploads=self._folder / "imports",
         )
-        self.service = Service(
-            journal=self.journal,
-            store=self.store,
-            views=self.views,
-            engine=self.engine,
-            editor=self.editor,
-            evaluator=Evaluator(self.views),
-            exporter=self.exporter,
-            default_guard=self.default_guard,
-            watch_drift=self.watch_drift,
-            drift_limits=self.drift_limits,
-        )
+        try:
+            self.service = Service(
+                journal=self.journal,
+                store=self.store,
+                views=self.views,
+                engine=self.engine,
+                editor=self.editor,
+                evaluator=Evaluator(self.views),
+                exporter=self.exporter,
+                default_guard=self.default_guard,
+                watch_drift=self.watch_drift,
+                drift_limits=self.drift_limits,
+            )
+        except BaseException:
+            self.engine.close()
+            self.journal.close()
+            raise
 
     def restart(self) -> None:
         self.service.close()

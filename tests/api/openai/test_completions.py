@@ -301,12 +301,13 @@ def test_a_stream_refuses_to_begin_anew(client: TestClient, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "stream", "expected"),
+    ("asked", "otherwise", "stream", "expected"),
     [
-        (None, False, None),
-        (None, True, CommitPolicy.PIN),
-        *((policy, False, policy) for policy in CommitPolicy),
-        (CommitPolicy.DRAIN, True, CommitPolicy.DRAIN),
+        *((None, policy, False, policy) for policy in CommitPolicy),
+        *((policy, CommitPolicy.PIN, False, policy) for policy in CommitPolicy),
+        (CommitPolicy.DRAIN, CommitPolicy.PIN, True, CommitPolicy.DRAIN),
+        (None, CommitPolicy.DRAIN, True, CommitPolicy.DRAIN),
+        (None, CommitPolicy.RESTART, True, CommitPolicy.PIN),
     ],
 )
 def test_the_commit_policy_is_the_headers_and_no_stream_begins_anew(
@@ -314,8 +315,9 @@ def test_the_commit_policy_is_the_headers_and_no_stream_begins_anew(
     world: FakeWorld,
     monkeypatch: pytest.MonkeyPatch,
     asked: CommitPolicy | None,
+    otherwise: CommitPolicy,
     stream: bool,
-    expected: CommitPolicy | None,
+    expected: CommitPolicy,
 ) -> None:
     taken: list[CommitPolicy | None] = []
     generate = world.service.generate
@@ -325,6 +327,7 @@ def test_the_commit_policy_is_the_headers_and_no_stream_begins_anew(
         return generate(*given, on_commit=on_commit, **named)
 
     monkeypatch.setattr(world.service, "generate", spy)
+    monkeypatch.setattr(world.service, "_on_commit", otherwise)
     headers = {} if asked is None else {"Palimpsest-On-Commit": asked.value}
     body = {"model": "live", "prompt": PROMPT, "stream": stream}
     assert client.post("/v1/completions", json=body, headers=headers).status_code == 200

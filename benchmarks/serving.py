@@ -268,7 +268,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--settle", type=float, default=2.0, help="seconds of load before it")
     add("--server-cores", type=_positive, default=1, help="at most all but one")
     add("--device", default="cpu")
-    add("--dtype", default="auto")
+    add("--dtype", default="float32")
     add("--plot", type=Path, metavar="FILE", help="draw the medians, as SVG, PNG, …")
     return parser.parse_args(arguments)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,16 @@ def assert_own_revision(streams: Sequence[Stream], reference: Reference, tokens:
         reference.compare(answer.tokens, answer.finish_reason, state, stream.prompt, tokens)
 
 
+@pytest.fixture
+def settled() -> Iterator[None]:
+    """What was made before is out of the garbage collector's sight, as in a server."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize(
     "scale", [SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"]
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+from app.serving import SWITCH_SECONDS
 from tests.almanac_servers import AlmanacServers
 from tests.findings import Findings
 from tests.tiny import MemoryDeltas, TinyModels
@@ -18,6 +19,12 @@ from tests.tiny import MemoryDeltas, TinyModels
 def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_turns() -> None:
+    """Threads take turns as in a server."""
+    sys.setswitchinterval(SWITCH_SECONDS)
 
 
 @pytest.fixture(scope="session", autouse=True)

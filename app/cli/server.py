@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,7 +60,7 @@ def start(settings: Settings) -> None:
     from rich.console import Console
 
     from app.main import build_service, configure_logging, create_app
-    from app.serving import Server
+    from app.serving import Server, settle
 
     console = Console(stderr=True)
     configure_logging(as_json=settings.log_json)
@@ -83,13 +82,6 @@ def start(settings: Settings) -> None:
             Server(config, app.state.work).run(sockets=[listener])
         finally:
             service.close()
-
-
-def settle() -> None:
-    """Take what the start has made out of the garbage collector's sight: going through all of it,
-    as a full collection does, stopped every stream for 0.3 s."""
-    gc.collect()
-    gc.freeze()
 
 
 def banner(model: Mapping[str, Any], folder: Path, url: str) -> Table:

@@ -18,8 +18,10 @@ class Decoding:
         self._depth = depth
 
     def join(self, requests: list[Request], cache: SlotCache) -> None:
-        """Take in rows that have been read and have their first token."""
-        self.cache.join(cache)
+        """Take in rows that have been read and have their first token. Room is made for the
+        longest answer at once: to make it later would hold all rows up in the middle of theirs."""
+        rows = [request.row for request in (*self.requests, *requests)]
+        self.cache.join(cache, max(row.sampling.max_new_tokens - len(row.ids) for row in rows))
         self.requests += requests
 
     def step(self, forward: Forward) -> Tensor:

@@ -95,25 +95,30 @@ class SlotCache(Cache):
             needed = self.end - self.start + columns
             self._move(self.rows, needed + max(SPARE, needed // 2), 0)
 
-    def join(self, other: SlotCache) -> None:
-        """Take over another cache's rows, behind these."""
+    def join(self, other: SlotCache, ahead: int = 0) -> None:
+        """Take over another cache's rows, behind these, with room for ``ahead`` columns more."""
         taken, known, fresh = max(other.lengths), len(self.lengths), len(other.lengths)
         self.start = self.end - max(self.lengths, default=0)
-        short, rows = max(0, taken - self.end), known + fresh
-        if rows > self.rows or short:
-            rows = self.rows if rows <= self.rows else rows + rows // 4
-            self._move(rows, max(self.columns, self.end + short), self.start + short)
+        former = self.start
+        if known + fresh > self.rows or taken > self.end or self.end + ahead > self.columns:
+            rows = known + fresh + (known + fresh) // 4
+            needed = max(self.end - self.start, taken) + ahead
+            start = max(0, taken - (self.end - self.start))
+            self._move(max(self.rows, rows), needed + max(SPARE, needed // 2), start)
+            former = self.start
+        self.start = min(self.start, self.end - taken)
         window = slice(other.end - taken, other.end)
         for mine, theirs in zip(self.held, other.held, strict=True):
             mine.open(*(store[0] for store in theirs.stores))
             for store, states in zip(mine.stores, theirs.stores, strict=True):
-                # A masked column counts for nothing, unless it holds a broken model's NaN.
-                store[known : known + fresh, :, : self.end - taken] = 0
+                # A masked column counts for nothing, unless it holds a NaN: that of a row which
+                # a broken model left there, or of memory that nobody has written to.
+                store[:known, :, self.start : former] = 0
+                store[known : known + fresh, :, self.start : self.end - taken] = 0
                 store[known : known + fresh, :, self.end - taken : self.end] = states[
                     :fresh, :, window
                 ]
         self.lengths += other.lengths
-        self.start = min(self.start, self.end - taken)
 
     def fill(self, row: int, states: States) -> None:
         """Write the tokens that a row has from the start."""
@@ -147,13 +152,14 @@ class SlotCache(Cache):
                 layer.stores = ()
 
     def _move(self, rows: int, columns: int, start: int) -> None:
-        """Storage of another size, with the tokens from column ``start`` on."""
+        """Storage of another size, with the tokens from column ``start`` on. What is not used yet
+        is not written to either, so that a CPU spends neither time nor memory on it."""
         count, width = len(self.lengths), self.end - self.start
         source = (slice(count), slice(None), slice(self.start, self.end))
         for layer in self.held:
             moved = []
             for store in layer.stores:
-                fresh = store.new_zeros(rows, store.shape[1], columns, store.shape[-1])
+                fresh = store.new_empty(rows, store.shape[1], columns, store.shape[-1])
                 fresh[:count, :, start : start + width] = store[source]
                 moved.append(fresh)
             layer.stores = tuple(moved)

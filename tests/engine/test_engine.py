@@ -354,7 +354,7 @@ def test_a_join_that_fails_half_way_gives_nobody_a_wrong_answer(
     while engine.describe()["running"] == 0:
         time.sleep(0.0005)
 
-    def fail_after_moving(cache: SlotCache, other: SlotCache) -> None:
+    def fail_after_moving(cache: SlotCache, other: SlotCache, ahead: int) -> None:
         cache._move(cache.rows, cache.columns + 50, cache.start + 3)
         for layer in cache.held[2:]:
             layer.stores = tuple(torch.zeros_like(store) for store in layer.stores)

@@ -19,6 +19,15 @@ def draw_states(rows: int, tokens: int, start: int) -> Tensor:
     return torch.arange(start, start + count).float().view(DEPTH, 2, rows, 2, tokens, 3)
 
 
+def poison(cache: SlotCache) -> None:
+    """What no row's window holds yet may be anything."""
+    for layer in cache.held:
+        for store in layer.stores:
+            store[len(cache.lengths) :] = float("nan")
+            store[:, :, : cache.start] = float("nan")
+            store[:, :, cache.end :] = float("nan")
+
+
 class Model:
     """What the cache should hold: for each row, its states along the tokens."""
 
@@ -43,7 +52,9 @@ def write(cache: SlotCache, counts: list[int], start: int) -> Tensor:
     totals = [length + count for length, count in zip(cache.lengths, counts, strict=True)]
     assert mask.sum(dim=1).tolist() == totals
     for layer in range(DEPTH):
-        keys, _ = cache.update(states[layer, 0], states[layer, 1], layer)
+        keys, values = cache.update(states[layer, 0], states[layer, 1], layer)
+        assert bool(keys.isfinite().all())
+        assert bool(values.isfinite().all())
         assert keys.shape[-2] == mask.shape[1]
         assert cache.get_seq_length(layer) == mask.shape[1] - longest
     cache.advance(counts)
@@ -61,7 +72,8 @@ def test_rows_keep_their_tokens_whoever_comes_and_goes(data: st.DataObject) -> N
             joining = SlotCache(DEPTH, [0] * len(counts), columns=max(counts))
             states = write(joining, counts, start)
             start += states.numel()
-            cache.join(joining)
+            cache.join(joining, data.draw(st.integers(0, 100)))
+            poison(cache)
             model.rows += [
                 states[:, :, row, :, max(counts) - count :] for row, count in enumerate(counts)
             ]

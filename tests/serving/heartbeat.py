@@ -46,10 +46,15 @@ class Heartbeat:
     def median_s(self) -> float:
         return median(gap.seconds for gap in self.gaps)
 
-    def longest_at(self, span: Span) -> float | None:
-        """The longest gap that meets a span, in medians; none where the stream was not on."""
-        met = [gap.seconds for gap in self.gaps if gap.meets(span)]
-        return max(met) / self.median_s if met else None
+    def longest_at(self, span: Span, near: int | None = None) -> float | None:
+        """The longest gap that meets a span, in medians of all gaps, or of the ``near`` ones
+        before and behind it; none where the stream was not on."""
+        gaps = self.gaps
+        met = [place for place, gap in enumerate(gaps) if gap.meets(span)]
+        if not met:
+            return None
+        around = gaps if near is None else gaps[max(0, met[0] - near) : met[-1] + near]
+        return max(gaps[place].seconds for place in met) / median(gap.seconds for gap in around)
 
 
 class CommitWatch:
@@ -70,11 +75,13 @@ class CommitWatch:
         """Of no matter here."""
 
 
-def longest_gaps(streams: Sequence[Heartbeat], spans: Sequence[Span]) -> list[float]:
-    """For each span, the longest gap that any stream had there, in that stream's medians."""
+def longest_gaps(
+    streams: Sequence[Heartbeat], spans: Sequence[Span], near: int | None = None
+) -> list[float]:
+    """For each span, the longest gap that any stream had there, see ``Heartbeat.longest_at``."""
     longest: list[float] = []
     for span in spans:
-        met = [gap for stream in streams if (gap := stream.longest_at(span)) is not None]
+        met = [gap for stream in streams if (gap := stream.longest_at(span, near)) is not None]
         longest += [max(met)] if met else []
     return longest
 

@@ -130,12 +130,14 @@ def test_streams_end_on_their_own_revision_and_no_commit_stops_them(
     heartbeats = [stream.heartbeat for stream in streams]
     at_rest = longest_gaps(heartbeats, halfway(calls))
     swaps, whole = (longest_gaps(heartbeats, spans) for spans in (watch.spans, calls))
+    local = longest_gaps(heartbeats, calls, near=20)
     step, commit = heartbeats[0].median_s, median(call.seconds for call in calls)
     sys.stdout.write(
         f"{reference.comparison}; {len(states)} revisions, {scale.commits} commits; median step "
         f"{step * 1e3:.1f} ms, commit {commit * 1e3:.1f} ms; longest gap, in steps: {tell(swaps)} "
         f"at the head's move, {tell(whole)} from a commit's request to its answer, "
-        f"{tell(at_rest)} between commits\n"
+        f"{tell(at_rest)} between commits; in steps of the same moment, for the batch grows: "
+        f"{tell(local)}\n"
     )
     assert median(whole) <= 3
 

@@ -140,6 +140,8 @@ def test_streams_end_on_their_own_revision_and_no_commit_stops_them(
         f"{tell(local)}\n"
     )
     assert median(whole) <= 3
+    if scale is ALL:  # a few short steps say more about what else the machine does
+        assert max(local) <= 3
 
 
 def tell(gaps: Sequence[float]) -> str:

@@ -45,7 +45,8 @@ LOAD_COUNTERS: Mapping[str, tuple[str, str]] = {
         "prompt_tokens_reused",
         "Tokens of prompts whose keys and values were there already.",
     ),
-    "steps": ("engine_steps", "Steps of the batch; tokens a step is its mean size."),
+    "steps": ("engine_steps", "Steps of the batch."),
+    "step_rows": ("engine_step_rows", "Reads in the batch, counted at each step."),
 }
 
 EVERY_JOB = 1_000_000
@@ -125,8 +126,8 @@ class Metrics:
         if end.first_token_s is None:
             return
         self._first_token_seconds.observe(end.first_token_s)
-        if end.tokens > 1:
-            self._token_seconds.observe((end.seconds - end.first_token_s) / (end.tokens - 1))
+        if end.tokens > 1 and end.writing_s is not None:
+            self._token_seconds.observe(end.writing_s / (end.tokens - 1))
 
     def edit_ended(self, end: EditEnded) -> None:
         self._edits.labels(end.method, end.mode, end.outcome).inc()

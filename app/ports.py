@@ -243,12 +243,14 @@ class EditOutcome(StrEnum):
 @dataclass(frozen=True, slots=True)
 class ReadEnded:
     """A read's end: its tokens if it is done, and seconds since it was asked for, to its end and
-    to its first token (of those that were listened to)."""
+    to its first token (of those that were listened to); ``writing_s`` from the first token of the
+    answer, which may have begun anew, to its end."""
 
     outcome: ReadOutcome
     tokens: int = 0
     seconds: float = 0.0
     first_token_s: float | None = None
+    writing_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ class Work(Protocol):
     def stop_accepting(self) -> None: ...
 
 
-def settle() -> None:
+def prepare_process() -> None:
     """Make the process fit to stream beside edits.
 
     A thread that comes back from each of a step's hundreds of products waits for the interpreter

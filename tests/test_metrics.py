@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -19,6 +20,7 @@ from app.domain import (
     IdempotentRequest,
     Mode,
     Sampling,
+    TokenChoice,
     UndoStrategy,
     WriteTerms,
 )
@@ -27,6 +29,8 @@ from app.jobs import JobResult, Jobs
 from app.metrics import Metrics
 from app.ports import ReadEnded, ReadOutcome
 from app.reading import Piece
+from app.service.observers import Observers
+from app.service.watched_reads import ReadWatch
 from tests.fakes import FakeWorld, build_world
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "metrics.md"
@@ -44,6 +48,7 @@ LOAD = {
     "overlays": 4,
     "overlay_bytes": 4096,
     "steps": 70,
+    "step_rows": 280,
     "tokens": 200,
     "prompt_tokens": 90,
     "prompt_tokens_reused": 16,
@@ -156,12 +161,34 @@ def test_a_stream_tells_its_first_token_and_its_pace_and_hears_what_it_did_befor
 
 
 def test_the_pace_is_the_mean_gap_after_the_first_token(metrics: Metrics) -> None:
-    metrics.read_ended(ReadEnded(ReadOutcome.DONE, tokens=5, seconds=3.0, first_token_s=1.0))
-    metrics.read_ended(ReadEnded(ReadOutcome.DONE, tokens=1, seconds=1.0, first_token_s=1.0))
+    done = ReadOutcome.DONE
+    metrics.read_ended(ReadEnded(done, 5, 3.0, first_token_s=1.0, writing_s=2.0))
+    metrics.read_ended(ReadEnded(done, 1, 1.0, first_token_s=1.0, writing_s=0.0))
     metrics.read_ended(ReadEnded(ReadOutcome.DONE, tokens=5, seconds=3.0))
     assert value(metrics, "read_token_seconds_count") == 1
     assert value(metrics, "read_token_seconds_sum") == 0.5
     assert value(metrics, "read_first_token_seconds_sum") == 2.0
+
+
+def test_the_pace_of_a_read_that_began_anew_is_that_of_its_answer() -> None:
+    ends: list[ReadEnded] = []
+
+    class Watcher(Observers):
+        def read_ended(self, end: ReadEnded) -> None:
+            ends.append(end)
+
+    watch = ReadWatch(Watcher(), lambda _: None)
+    watch.hear(Piece(" void", (TokenChoice(0, " void", -1.0),)))
+    time.sleep(0.05)
+    watch.hear(Piece("", restarted=True))
+    watch.hear(Piece(" b", (TokenChoice(1, " b", -1.0),)))
+    future: Future[Completion] = Future()
+    future.set_result(Completion(" b", "stop", (TokenChoice(1, " b", -1.0),)))
+    watch.end(future)
+    (end,) = ends
+    assert end.first_token_s is not None
+    assert end.writing_s is not None
+    assert end.seconds - end.first_token_s >= 0.05 > end.writing_s
 
 
 def test_edits_are_counted_by_method_mode_and_outcome(world: FakeWorld, metrics: Metrics) -> None:

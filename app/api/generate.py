@@ -12,6 +12,7 @@ from app.api.deps import ProbesDep, ServiceDep
 from app.api.event_stream import EventStream, as_json, describe_events, render_event
 from app.api.problems import problem_of, problem_responses
 from app.api.read_group import Event, ReadGroup, ReadOrder
+from app.api.request_notes import quote_prompts
 from app.api.schemas import (
     EVENTS,
     CompletionOut,
@@ -91,6 +92,7 @@ async def generate(
     responses=problem_responses(413, 415),
 )
 async def probe(body: ProbeRequest, service: ServiceDep, probes: ProbesDep) -> Probe:
+    quote_prompts(body.prompts)
     found = await probes.run(service.probe, body.prompts, body.views, body.candidates, body.top_k)
     return Probe(results=[ViewProbe.of(view, results) for view, results in found])
 

@@ -42,7 +42,7 @@ class BodyLimit:
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, max_upload_bytes: int) -> None:
         self.app = app
-        self._general = Bound(max_bytes, "send fewer facts at a time")
+        self._general = Bound(max_bytes, "send less at a time")
         self._upload = Bound(max_upload_bytes, "no import may have more")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

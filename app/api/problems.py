@@ -131,7 +131,7 @@ async def on_validation_error(_: Request, error: Exception) -> Response:
     items = [_item(found) for found in error.errors()]
     first = items[0]
     where = f"{first.field}: " if first.field else ""
-    more = f" ({len(items) - 1} more in 'errors')" if len(items) > 1 else ""
+    more = f" (and {len(items) - 1} more)" if len(items) > 1 else ""
     problem = Problem(
         type=problem_type("InvalidInput"),
         title=errors.InvalidInput.title,

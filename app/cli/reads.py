@@ -60,12 +60,17 @@ def show_stream(events: Iterator[GenerationEvent], as_json: bool) -> None:
     """Print one view's text as it comes, or each event of any views as a line of JSON.
 
     Raises:
-        PalimpsestError: the only view failed.
+        PalimpsestError: no view has answered.
     """
-    from app.api.schemas import FailedEvent, PieceEvent, RestartEvent, name_event
+    from app.api.schemas import DoneEvent, FailedEvent, PieceEvent, RestartEvent, name_event
     from app.client import error_from
 
+    failures: list[FailedEvent] = []
+    answered = False
     for event in events:
+        answered = answered or isinstance(event, DoneEvent)
+        if isinstance(event, FailedEvent):
+            failures.append(event)
         if as_json:
             fields = event.model_dump(mode="json", exclude_unset=True)
             typer.echo(json.dumps({"event": name_event(event), **fields}))
@@ -73,10 +78,10 @@ def show_stream(events: Iterator[GenerationEvent], as_json: bool) -> None:
             typer.echo(event.text, nl=False)
         elif isinstance(event, RestartEvent):
             typer.echo(f"\n(begun anew on {event.revision})")
-        elif isinstance(event, FailedEvent):
-            raise error_from(event.problem)
     if not as_json:
         typer.echo()
+    if failures and not answered:
+        raise error_from(failures[0].problem)
 
 
 def probe(

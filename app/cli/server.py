@@ -60,7 +60,7 @@ def start(settings: Settings) -> None:
     from rich.console import Console
 
     from app.main import build_service, configure_logging, create_app
-    from app.serving import Server, settle
+    from app.serving import Server, prepare_process
 
     console = Console(stderr=True)
     configure_logging(as_json=settings.log_json)
@@ -76,8 +76,8 @@ def start(settings: Settings) -> None:
         try:
             console.print(banner(service.describe_model(), service.folder, url))
             app = create_app(service, settings)
+            prepare_process()
             # Our own request log has no query strings, in which prompts may stand.
-            settle()
             config = uvicorn.Config(app, log_config=None, access_log=False, ws="none")
             Server(config, app.state.work).run(sockets=[listener])
         finally:

@@ -1,8 +1,9 @@
 """The engine: admit, read prompts, step, deliver. One thread owns every forward pass that
 generates.
 
-All answers under way are rows of one batch, whatever views they are on. A request keeps the
-overlay it was admitted with to its end: a commit makes another view and changes nothing here.
+All answers under way are rows of one batch, whatever views they are on. A request stays on the
+state it was admitted with to its end: a commit makes another view and changes nothing here, but
+for the overlay where memory is short.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._prefills: deque[Prefill] = deque()
         self._decoding = Decoding(depth)
-        self._steps = self._tokens = self._prompt_tokens = 0
+        self._steps = self._step_rows = self._tokens = self._prompt_tokens = 0
         self._lightened: View | None = None  # the live view that reads were last moved to
         self._signal = threading.Condition()
         self._closing = False
@@ -126,6 +127,7 @@ class Engine:
                 "max_batch_rows": self._max_rows,
                 "max_pending": self._max_pending,
                 "steps": self._steps,
+                "step_rows": self._step_rows,
                 "tokens": self._tokens,
                 "prompt_tokens": self._prompt_tokens,
                 "prompt_tokens_reused": self._prefixes.hits,
@@ -262,6 +264,7 @@ class Engine:
             logits = decoding.step(self._forwards[self._writer])
             ended = self._take_tokens(decoding.requests, logits)
             self._steps += 1
+            self._step_rows += len(logits)
             if ended:
                 decoding.drop(ended)
         except Exception as error:

@@ -117,9 +117,10 @@ class LiveModel:
     def _move(self, head: Head, began: float) -> None:
         """``began``: when the commit did, by ``perf_counter``."""
         self._head = head
-        self._observer.committed(head.revision.cause, perf_counter() - began)
+        seconds = perf_counter() - began
         for tell in self._told:
             tell()
+        self._observer.committed(head.revision.cause, seconds)
 
     def _await_readers(self) -> None:
         for wait in self._awaited:

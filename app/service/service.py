@@ -572,9 +572,8 @@ class Service:
                 )
             return work()
 
-        return self._lane.submit(
-            partial(copy_context().run, run)
-        )  # what is logged names its request
+        # In the caller's context, so that what is logged names its request.
+        return self._lane.submit(partial(copy_context().run, run))
 
     def _require_writable(self) -> None:
         if self.read_only is not None:

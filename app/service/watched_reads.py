@@ -21,10 +21,15 @@ class ReadWatch:
         self._listener = listener
         self._began = perf_counter()
         self._first_token_s: float | None = None
+        self._round_s: float | None = None  # the first token of those that are the answer's
 
     def hear(self, piece: Piece) -> None:
-        if self._first_token_s is None and not piece.restarted:
-            self._first_token_s = perf_counter() - self._began
+        if piece.restarted:
+            self._round_s = None
+        elif self._round_s is None:
+            self._round_s = perf_counter() - self._began
+            if self._first_token_s is None:
+                self._first_token_s = self._round_s
         if self._listener is not None:
             self._listener(piece)
 
@@ -36,7 +41,8 @@ class ReadWatch:
         seconds = perf_counter() - self._began
         outcome = conclude_read(future)
         tokens = len(future.result().tokens) if outcome is ReadOutcome.DONE else 0
-        self._observer.read_ended(ReadEnded(outcome, tokens, seconds, self._first_token_s))
+        writing = None if self._round_s is None else seconds - self._round_s
+        self._observer.read_ended(ReadEnded(outcome, tokens, seconds, self._first_token_s, writing))
 
 
 class WatchedReads:

@@ -79,6 +79,8 @@ def stream_through_commits(service: Service, scale: Scale) -> tuple[list[Stream]
         Stream.begin(service, ORDINARY[row % len(ORDINARY)], scale.tokens)
         for row in range(scale.rows)
     ]
+    for stream in streams:  # whose prompts are read beside one another's first tokens
+        stream.await_token(1)
     calls: list[Span] = []
     for number in range(1, scale.commits + 1):
         streams[0].await_token(number * EVERY - EVERY // 2)

@@ -38,7 +38,7 @@ class Scale:
         return self.tokens // EVERY
 
 
-SOME = Scale(tokens=60, rows=8, apart=4)
+SOME = Scale(tokens=60, rows=28, apart=4)
 ALL = Scale(tokens=200, rows=32, apart=2)
 SAME = Scale(tokens=200, rows=32, apart=1_000)  # the batch stays as large as it is
 

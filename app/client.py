@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
 import httpx
@@ -71,6 +71,21 @@ FALLBACKS: Mapping[int, type[errors.PalimpsestError]] = {
     429: errors.Overloaded,
     503: errors.ShuttingDown,
 }
+
+
+class ReadOptions(TypedDict, total=False):
+    """What ``POST /generate`` is told beside the prompt; what is left out is as the server has
+    it."""
+
+    views: Sequence[str]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+    stop: Sequence[str]
+    top_logprobs: int
+    ignore_end: bool
 
 
 class Client:
@@ -198,68 +213,22 @@ class Client:
     # Reads ---------------------------------------------------------------------------------
 
     def generate(
-        self,
-        prompt: str,
-        *,
-        views: Sequence[str] = ("live",),
-        max_new_tokens: int = 32,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        top_logprobs: int = 0,
-        ignore_end: bool = False,
-        on_commit: str | None = None,
+        self, prompt: str, *, on_commit: str | None = None, **options: Unpack[ReadOptions]
     ) -> Generation:
         """``on_commit``: what becomes of the answers when a commit moves the live view, ``pin``,
         ``drain`` or ``restart``; by default as the server is set."""
-        body = {
-            "prompt": prompt,
-            "views": list(views),
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "seed": seed,
-            "stop": list(stop),
-            "top_logprobs": top_logprobs,
-            "ignore_end": ignore_end,
-        }
-        return self._post("/generate", body, Generation, _policy(on_commit))
+        return self._post(
+            "/generate", {"prompt": prompt, **options}, Generation, _policy(on_commit)
+        )
 
     def generate_stream(
-        self,
-        prompt: str,
-        *,
-        views: Sequence[str] = ("live",),
-        max_new_tokens: int = 32,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        top_logprobs: int = 0,
-        ignore_end: bool = False,
-        on_commit: str | None = None,
+        self, prompt: str, *, on_commit: str | None = None, **options: Unpack[ReadOptions]
     ) -> Iterator[GenerationEvent]:
         """The same answers as they come: for each view, by its ``index``, pieces of text and one
         last ``DoneEvent``, or a ``FailedEvent`` while the others go on. Closing the iterator
         gives the answers up."""
-        body = {
-            "prompt": prompt,
-            "views": list(views),
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "seed": seed,
-            "stop": list(stop),
-            "top_logprobs": top_logprobs,
-            "ignore_end": ignore_end,
-            "stream": True,
-        }
-        running = len(views)
+        body = {"prompt": prompt, **options, "stream": True}
+        running = len(options.get("views", ["live"]))
         with self._stream_answers(body, _policy(on_commit)) as response:
             for event in _read_answers(response.iter_lines()):
                 yield event

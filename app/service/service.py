@@ -312,6 +312,9 @@ class Service:
     def revisions(self, limit: int, cursor: str | None) -> Page[Revision]:
         return self._journal.revisions(limit, cursor)
 
+    def checkpoint(self, name: str) -> Checkpoint | None:
+        return self._journal.checkpoint(name)
+
     def checkpoints(self, limit: int, cursor: str | None) -> Page[Checkpoint]:
         return self._journal.checkpoints(limit, cursor)
 

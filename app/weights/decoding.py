@@ -95,11 +95,6 @@ class Row:
                 self.generator.manual_seed(self.sampling.seed)
 
     @property
-    def length(self) -> int:
-        """Tokens of the prompt and the answer so far."""
-        return len(self.prompt_ids) + len(self.ids)
-
-    @property
     def longest(self) -> int:
         """Tokens of the prompt and of the longest answer it may get."""
         return len(self.prompt_ids) + self.sampling.max_new_tokens
@@ -180,11 +175,6 @@ class RowBatch:
             )
             self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
         return finished
-
-    def drop(self, rows: Sequence[Row]) -> None:
-        """Let rows go whose answers nobody waits for any more."""
-        unwanted = {id(row) for row in rows}
-        self._narrow([i for i, row in enumerate(self.rows) if id(row) not in unwanted])
 
     def _forward(self) -> Tensor:
         """Next-token logits ``(rows, vocabulary)`` in fp32."""

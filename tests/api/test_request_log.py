@@ -239,9 +239,16 @@ def test_notes_are_in_the_line_and_quotes_where_they_are_asked_for(
     assert not [secret for secret in SECRETS if secret in json.dumps(line)]
 
 
-def test_outside_of_a_request_nothing_is_noted() -> None:
-    note(count=1)
-    quote_prompts(["a"])
+def test_what_is_noted_outside_of_a_request_is_in_no_requests_line(
+    own: FastAPI, lines: Lines
+) -> None:
+    note(strayed=1)
+    quote_prompts(["strayed"])
+    with TestClient(own, base_url=URL) as client:
+        client.get("/stream")
+    told = [line for line in lines() if line["event"] == "request"]
+    assert len(told) == 1
+    assert "strayed" not in json.dumps(told)
 
 
 def test_two_requests_at_once_keep_their_notes_apart(own: FastAPI, lines: Lines) -> None:

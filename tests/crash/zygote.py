@@ -20,6 +20,7 @@ import signal
 import sqlite3
 import sys
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,7 +44,7 @@ SQLITE_SAYS = {
 EVERYTHING = (Editor, Engine, Evaluator, Exporter)  # imported here once, not in each child
 
 
-class Fault:
+class Fault(ABC):
     """Comes at the n-th point of these kinds that is reached since it was last armed; sound until
     then, and again once mended."""
 
@@ -67,8 +68,9 @@ class Fault:
             if self._left <= 0:
                 self.strike(point)
 
+    @abstractmethod
     def strike(self, point: str) -> None:
-        raise NotImplementedError
+        """What happens at that point."""
 
 
 class Kill(Fault):

@@ -61,18 +61,6 @@ def test_rows_leave_when_they_are_done_and_the_others_go_on(tiny: TinyModels) ->
     assert [len(row.ids) for row in rows] == lengths
 
 
-def test_a_dropped_row_leaves_the_others_answers_as_they_were(tiny: TinyModels) -> None:
-    loaded = tiny.load()
-    rows = [Row(encode_prompt(loaded, prompt), Sampling(max_new_tokens=8)) for prompt in PROMPTS]
-    batch = RowBatch(loaded.model, loaded, rows)
-    batch.step()
-    batch.drop([rows[1]])
-    while batch.rows:
-        batch.step()
-    assert len(rows[1].ids) == 1
-    assert rows[2].ids == greedy_reference(loaded, PROMPTS[2], 8)
-
-
 def test_a_seed_fixes_a_sample_and_its_company_does_not_change_it(tiny: TinyModels) -> None:
     loaded = tiny.load()
     sampling = Sampling(max_new_tokens=10, temperature=1.0, seed=7)

@@ -7,15 +7,25 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from app.api.event_stream import as_json, render_event
-from app.api.openai.errors import translate
+from app.api.commit_policy import ON_COMMIT_HEADER
+from app.api.event_stream import as_json, describe_events, render_event
+from app.api.openai.errors import openai_responses, translate
 from app.api.problems import problem_of
 from app.api.read_group import ReadGroup
 from app.api.schemas.openai import ChatChunkChoice, Chunk, TextChoice, Usage
 from app.domain import Completion, ResolvedView, new_id
-from app.reading import Piece
+from app.errors import InvalidInput
+from app.reading import CommitPolicy, Piece
 
 END = "data: [DONE]\n\n"
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The whole answer or, with `stream`, chunks of it as server-sent events "
+        "and a last `[DONE]`",
+        "content": describe_events(),
+    },
+    **openai_responses(400, 401, 403, 404, 413, 415, 429, 500, 503),
+}
 
 Choice = TextChoice | ChatChunkChoice
 
@@ -90,3 +100,22 @@ async def stream_answer(
         usage = Usage.of((done[index] for index in sorted(done)), choices)
         yield chunk([read.view for read in group.reads], [], usage=usage)
     yield END
+
+
+def choose_policy(
+    asked: CommitPolicy | None, otherwise: CommitPolicy, *, stream: bool
+) -> CommitPolicy:
+    """What becomes of an answer at a commit. A stream never begins anew, even where the server
+    is set to that (``otherwise``): OpenAI's form has no way to take back what was sent.
+
+    Raises:
+        InvalidInput: that is what is asked for.
+    """
+    if stream and asked is CommitPolicy.RESTART:
+        raise InvalidInput(
+            f"A stream can't begin anew in this form. Leave {ON_COMMIT_HEADER} out, ask without "
+            "stream, or use POST /generate.",
+            field=ON_COMMIT_HEADER,
+        )
+    policy = asked or otherwise
+    return CommitPolicy.PIN if stream and policy is CommitPolicy.RESTART else policy

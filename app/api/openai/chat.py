@@ -8,9 +8,8 @@ from starlette.concurrency import run_in_threadpool
 from app.api.commit_policy import OnCommit
 from app.api.deps import ServiceDep
 from app.api.event_stream import EventStream
-from app.api.openai.answer import Head, stream_answer
-from app.api.openai.completions import STREAMED, choose_policy
-from app.api.openai.errors import naming, openai_responses
+from app.api.openai.answer import RESPONSES, Head, choose_policy, stream_answer
+from app.api.openai.errors import naming
 from app.api.openai.logprobs import describe_chat
 from app.api.openai.models import LoadedModelDep
 from app.api.read_group import ReadGroup, ReadOrder
@@ -38,7 +37,7 @@ router = APIRouter(
     tags=["openai"],
     route_class=StrictJSONRoute,
     dependencies=[Reader],
-    responses={**STREAMED, **openai_responses(400, 401, 403, 404, 413, 415, 429, 500, 503)},
+    responses=RESPONSES,
 )
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from app.api.commit_policy import ON_COMMIT_HEADER, OnCommit
+from app.api.commit_policy import OnCommit
 from app.api.deps import ServiceDep
-from app.api.event_stream import EventStream, describe_events
-from app.api.openai.answer import Head, stream_answer
-from app.api.openai.errors import openai_responses
+from app.api.event_stream import EventStream
+from app.api.openai.answer import RESPONSES, Head, choose_policy, stream_answer
 from app.api.openai.logprobs import describe_text
 from app.api.openai.models import LoadedModelDep
 from app.api.read_group import ReadGroup, ReadOrder
@@ -27,24 +25,15 @@ from app.api.schemas.openai import (
 from app.api.security import Reader
 from app.api.strict_json import StrictJSONRoute
 from app.domain import Completion, PromptToken
-from app.errors import InvalidInput
-from app.reading import CommitPolicy, Piece, Prompt
+from app.reading import Piece, Prompt
 
 KIND = "text_completion"
-STREAMED: Mapping[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The whole answer or, with `stream`, chunks of it as server-sent events "
-        "and a last `[DONE]`",
-        "content": describe_events(),
-    }
-}
-
 router = APIRouter(
     prefix="/v1",
     tags=["openai"],
     route_class=StrictJSONRoute,
     dependencies=[Reader],
-    responses={**STREAMED, **openai_responses(400, 401, 403, 404, 413, 415, 429, 500, 503)},
+    responses=RESPONSES,
 )
 
 
@@ -123,22 +112,3 @@ async def complete(
         choices=[form.whole(index, one) for index, one in enumerate(completions)],
         usage=Usage.of(completions, body.n),
     )
-
-
-def choose_policy(
-    asked: CommitPolicy | None, otherwise: CommitPolicy, *, stream: bool
-) -> CommitPolicy:
-    """What becomes of an answer at a commit. A stream never begins anew, even where the server
-    is set to that (``otherwise``): OpenAI's form has no way to take back what was sent.
-
-    Raises:
-        InvalidInput: that is what is asked for.
-    """
-    if stream and asked is CommitPolicy.RESTART:
-        raise InvalidInput(
-            f"A stream can't begin anew in this form. Leave {ON_COMMIT_HEADER} out, ask without "
-            "stream, or use POST /generate.",
-            field=ON_COMMIT_HEADER,
-        )
-    policy = asked or otherwise
-    return CommitPolicy.PIN if stream and policy is CommitPolicy.RESTART else policy

@@ -14,7 +14,7 @@ from app.api.deps import ServiceDep
 from app.api.openai.errors import openai_responses
 from app.api.schemas.openai import ModelCard, ModelList
 from app.api.security import Reader
-from app.domain import Checkpoint, ResolvedView
+from app.domain import ResolvedView
 from app.errors import NotFound
 from app.service import Service
 
@@ -107,15 +107,5 @@ def find_birth(service: Service, view: ResolvedView) -> datetime:
     if view.sandbox is not None:
         return service.sandbox(view.sandbox).created_at
     assert view.revision is not None
-    named = [one for one in walk_checkpoints(service) if one.name == view.view]
-    return named[0].created_at if named else service.revision(view.revision).created_at
-
-
-def walk_checkpoints(service: Service) -> Iterator[Checkpoint]:
-    cursor: str | None = None
-    while True:
-        page = service.checkpoints(MAX_LISTED, cursor)
-        yield from page.items
-        cursor = page.next
-        if cursor is None:
-            return
+    checkpoint = service.checkpoint(view.view)
+    return (checkpoint or service.revision(view.revision)).created_at

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -33,12 +33,15 @@ from app.evaluation.datasets import read_facts
 from app.evaluation.evaluator import Evaluator
 from app.main import configure_logging
 from app.weights.delta import Delta, Dense
+from app.weights.fork import fork
+from app.weights.kernels import onednn_is_faster, use_onednn
 from app.weights.loading import LoadedModel, load_model
 from app.weights.views import ViewCache
 from benchmarks.flops import matmul_rate, smallest_flops
 from benchmarks.reference import PlainEditor, PlainStatistics
 
 MODES = ("independent", "sequential", "batch")
+PRODUCTS = ("auto", "torch", "onednn")
 
 
 @dataclass(slots=True)
@@ -60,10 +63,14 @@ class Run:
 
 
 class Bench:
-    """A model, its editor and a plan; deltas in memory."""
+    """A model, its editor and a plan; deltas in memory. The reference edits the model as
+    transformers gives it."""
 
-    def __init__(self, loaded: LoadedModel, chosen: argparse.Namespace, data: Path) -> None:
-        self.loaded = loaded
+    def __init__(self, plain: LoadedModel, chosen: argparse.Namespace, data: Path) -> None:
+        self._plain = plain
+        loaded = self.loaded = replace(plain, model=fork(plain.model))
+        if chosen.products == "onednn" or (chosen.products == "auto" and onednn_is_faster()):
+            use_onednn(loaded.model)
         self._deltas: dict[str, bytes] = {}
         self._views = ViewCache(loaded, load_delta=self._deltas.__getitem__, budget_bytes=0)
         self._editor = Editor(self._views, data=data, statistics_tokens=chosen.statistics_tokens)
@@ -119,8 +126,8 @@ class Bench:
     def plain(self, statistics: PlainStatistics) -> PlainEditor:
         """The reference on a private copy of the base."""
         return PlainEditor(
-            model=self._views.private(()),
-            loaded=self.loaded,
+            model=fork(self._plain.model),
+            loaded=self._plain,
             method=self.plan.method,
             hparams=self._plain_hparams,
             contexts=self._contexts(self._plain_hparams),
@@ -192,9 +199,10 @@ def layers_of(plan: EditPlan) -> list[int]:
 def measure(chosen: argparse.Namespace, data: Path) -> dict[str, Any]:
     """Run the benchmark; everything the line reports."""
     torch.set_num_threads(chosen.threads)
-    loaded = load_model(chosen.model, device=chosen.device, dtype=chosen.dtype)
+    plain = load_model(chosen.model, device=chosen.device, dtype=chosen.dtype, plain=True)
     facts = read_facts(Path(chosen.requests), chosen.n)
-    bench = Bench(loaded, chosen, data)
+    bench = Bench(plain, chosen, data)
+    loaded = bench.loaded
     report: dict[str, Any] = {
         "model": loaded.identity.name,
         "method": bench.plan.method,
@@ -204,6 +212,7 @@ def measure(chosen: argparse.Namespace, data: Path) -> dict[str, Any]:
         "batch_size": chosen.batch_size,
         "contexts": bench.plan.hparams["contexts"],
         "threads": chosen.threads,
+        "products": chosen.products,
         "device": str(loaded.device),
         "dtype": loaded.identity.dtype,
         "s_statistics": bench.warm(facts[:1]),
@@ -224,15 +233,15 @@ def measure(chosen: argparse.Namespace, data: Path) -> dict[str, Any]:
     }
     if chosen.against == "reference":
         compared = facts[: chosen.reference_n or len(facts)]
-        plain = bench.edit_plainly(compared)
+        reference = bench.edit_plainly(compared)
         report |= {
-            "s_per_edit_reference": plain.seconds / len(compared),
-            "s_cpu_per_edit_reference": plain.cpu_seconds / len(compared),
-            "ratio": plain.seconds / len(compared) / per_edit,
-            "ratio_cpu": plain.cpu_seconds / len(compared) / (run.cpu_seconds / len(facts)),
+            "s_per_edit_reference": reference.seconds / len(compared),
+            "s_cpu_per_edit_reference": reference.cpu_seconds / len(compared),
+            "ratio": reference.seconds / len(compared) / per_edit,
+            "ratio_cpu": reference.cpu_seconds / len(compared) / (run.cpu_seconds / len(facts)),
         }
         if not chosen.no_quality:
-            found = bench.quality(compared, plain)
+            found = bench.quality(compared, reference)
             report |= {f"{name}_reference": figure for name, figure in found.items()}
     return report | ({} if chosen.no_quality else bench.quality(facts, run))
 
@@ -248,6 +257,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="most steps per value")
     parser.add_argument("--no-early-stop", action="store_true", help="take all steps")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--products",
+        choices=PRODUCTS,
+        default="auto",
+        help="who multiplies fp32 matrices on a CPU; the reference takes torch",
+    )
     parser.add_argument("--contexts", type=int, help="sampled prefixes per fact")
     parser.add_argument("--layers", help="comma-separated; the method's default if left out")
     parser.add_argument("--hparams", default="{}", help="JSON object, over the defaults")

@@ -38,6 +38,7 @@ from app.editing.vetting import read_row_facts
 from app.editing.workbench import Workbench
 from app.errors import ContextExceeded, EditRejected, InvalidInput
 from app.weights.delta import Delta
+from app.weights.kernels import use_fused_activations
 from app.weights.memory import give_back
 from app.weights.prompts import count_tokens
 from app.weights.views import Sums, ViewCache
@@ -174,9 +175,11 @@ class Editor:
     ) -> Workbench:
         torch.manual_seed(seed)
         sums = self._views.sums(composition)
+        model = self._views.private(composition)
+        use_fused_activations(model)
         return Workbench(
             loaded=self._loaded,
-            model=self._views.private(composition),
+            model=model,
             sums=dict(sums.changes),
             ledger=sums.ledger,
             keys=self._past_keys(composition) if method.reads_keys else {},

@@ -37,6 +37,7 @@ from app.editing.values import optimise_together
 from app.editing.workbench import Workbench
 from app.weights.delta import Delta, RowVectors, SubjectRow
 from app.weights.fork import fork
+from app.weights.kernels import use_fused_activations
 from app.weights.language_model import LanguageModel
 
 
@@ -163,6 +164,7 @@ def _make_rows(
         return []
     loaded, layers = bench.loaded, _layers(bench, params)
     base = fork(loaded.model)
+    use_fused_activations(base)
     contexts = bench.contexts(params.contexts, params.context_length)
     with bench.timing("values_s"):
         values = optimise_together(

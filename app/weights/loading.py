@@ -25,6 +25,7 @@ from app.domain import BaseIdentity
 from app.errors import SettingsError, UnsupportedModel
 from app.weights.architectures import Anatomy, dissect, recognise
 from app.weights.digest import combined_digest
+from app.weights.kernels import onednn_is_faster, use_onednn
 
 RECOMMENDATIONS_FILE = "editing.json"
 DTYPES = {
@@ -85,10 +86,12 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     device_map: str | None = None,
+    plain: bool = False,
 ) -> LoadedModel:
     """Load weights (safetensors only) and tokenizer from a folder or the hub.
 
-    ``dtype="auto"`` is float32 on a CPU and the stored dtype elsewhere.
+    ``dtype="auto"`` is float32 on a CPU and the stored dtype elsewhere. A ``plain`` model
+    multiplies as transformers does, also where other kernels are faster.
 
     Raises:
         UnsupportedModel: not found, not a causal LM we know, or without a fast tokenizer.
@@ -120,6 +123,8 @@ def load_model(
         )
     if device_map is None:
         nn.Module.to(model, target)
+        if target.type == "cpu" and not plain and onednn_is_faster():
+            use_onednn(model)
     model.train(False).requires_grad_(False)
     return assemble(
         model,

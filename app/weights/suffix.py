@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedConfig, PreTrainedModel
-from transformers.activations import NewGELUActivation
 
 from app.weights.architectures import Anatomy
 from app.weights.cache_argument import cache_argument
@@ -134,7 +133,6 @@ class _Group:
         self._whole = whole
         self._inside = _changes_inside(model.config, anatomy, layer)
         self._first = layer if self._inside else layer + 1
-        self._slow = [module for module in model.modules() if isinstance(module, NewGELUActivation)]
         self._last_mlp = _find_mlp(anatomy, model) if layer < anatomy.depth - 1 else None
         self._read = rows.read.flatten().nonzero()[:, 0]
         self._cache = _PrefixCache(anatomy.depth, self._first, rows.prefix)
@@ -228,16 +226,13 @@ class _Group:
         return seen["entry"]
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
-        with ExitStack() as stack:
-            for activation in self._slow:
-                stack.enter_context(_running(activation, _gelu))
-            hidden: Tensor = self._model.base_model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                **{cache_argument(self._model.base_model): cache},
-                use_cache=cache is not None,
-            ).last_hidden_state
+        hidden: Tensor = self._model.base_model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            **{cache_argument(self._model.base_model): cache},
+            use_cache=cache is not None,
+        ).last_hidden_state
         return hidden
 
     @contextmanager
@@ -311,11 +306,6 @@ def _running_at(mlp: nn.Module, places: Tensor) -> Callable[[Tensor], Tensor]:
         return torch.zeros_like(flat).index_copy(0, places, found).view(hidden.shape)
 
     return run
-
-
-def _gelu(hidden: Tensor) -> Tensor:
-    """``NewGELUActivation`` in one kernel instead of eight."""
-    return nn.functional.gelu(hidden, approximate="tanh")
 
 
 class _PrefixCache(Cache):

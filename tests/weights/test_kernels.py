@@ -1,0 +1,150 @@
+"""Faster kernels give what the plain ones give, and leave the model what it is.
+
+The products are a private operator of PyTorch: these tests are its contract.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
+
+from app.weights.fork import fork
+from app.weights.kernels import (
+    LEAST_WORK,
+    has_wide_units,
+    multiply,
+    use_fused_activations,
+    use_onednn,
+)
+from app.weights.loading import load_model
+from tests.tiny import CONFIGS, TinyModels
+
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
+    reason="PyTorch was built without oneDNN",
+)
+CPUINFO = "processor\t: 0\nvendor_id\t: {}\ncpu family\t: {}\nmodel name\t: x\n\nprocessor\t: 1\n"
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [1, 21, 64, 173])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_is_the_plain_one_in_any_layout_of_the_weight(rows: int, bias: bool) -> None:
+    inputs, weight = torch.randn(2, rows, 96), torch.randn(160, 96)
+    add = torch.randn(160) if bias else None
+    expected = nn.functional.linear(
+        inputs.double(), weight.double(), add if add is None else add.double()
+    )
+    for laid_out in (weight, weight.T.contiguous().T):
+        found = multiply(inputs, laid_out, add)
+        assert found.shape == (2, rows, 160)
+        assert error(found.double(), expected) < 1e-6
+
+
+@needs_onednn
+def test_a_product_of_inputs_that_lie_apart_is_the_plain_one() -> None:
+    inputs, weight = torch.randn(96, 64).T, torch.randn(160, 96)
+    assert error(multiply(inputs, weight, None), inputs @ weight.T) < 1e-6
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(256, 512), nn.Linear(256, 512, bias=False), Conv1D(512, 256)]
+)
+@pytest.mark.parametrize("rows", [1, 19, 200])
+def test_a_layer_that_multiplies_by_onednn_gives_the_same_and_the_same_gradient(
+    layer: nn.Module, rows: int
+) -> None:
+    model = nn.Sequential(layer).requires_grad_(False)
+    inputs = torch.randn(1, rows, 256, requires_grad=True)
+    toward = torch.randn(1, rows, 512)
+
+    def run() -> tuple[Tensor, Tensor]:
+        found = model(inputs)
+        (gradient,) = torch.autograd.grad((found * toward).sum(), inputs)
+        return found.detach(), gradient
+
+    plain, plain_gradient = run()
+    names = dict(model.named_parameters())
+    use_onednn(model)
+    assert isinstance(model[0], type(layer))
+    assert all(names[name] is parameter for name, parameter in model.named_parameters())
+    found, gradient = run()
+    assert error(found, plain) < 1e-6
+    assert error(gradient, plain_gradient) < 1e-6
+
+
+@needs_onednn
+def test_many_rows_go_to_onednn_and_little_work_and_trained_weights_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+
+    def multiply_and_tell(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(inputs.shape[-2])
+        return multiply(inputs, weight, bias)
+
+    monkeypatch.setattr("app.weights.kernels.multiply", multiply_and_tell)
+    layer = nn.Linear(256, 512)
+    use_onednn(layer)
+    least = LEAST_WORK // (256 * 512)
+    layer(torch.randn(1000, 256))
+    assert seen == []
+    layer.requires_grad_(False)
+    layer(torch.randn(least, 256))
+    layer(torch.randn(least - 1, 256))
+    layer.bfloat16()(torch.randn(1000, 256, dtype=torch.bfloat16))
+    assert seen == [least]
+
+
+def test_weights_can_be_trained_all_the_same() -> None:
+    layer = nn.Linear(256, 512)
+    use_onednn(layer)
+    layer(torch.randn(100, 256)).sum().backward()
+    assert layer.weight.grad is not None
+    assert bool(layer.weight.grad.any())
+
+
+def test_a_fused_activation_is_the_plain_one() -> None:
+    model = nn.Sequential(NewGELUActivation())
+    inputs = torch.linspace(-8, 8, 1001)
+    plain = model(inputs)
+    use_fused_activations(model)
+    torch.testing.assert_close(model(inputs), plain, rtol=1e-5, atol=1e-6)
+
+
+@needs_onednn
+@pytest.mark.parametrize("model_type", sorted(CONFIGS))
+def test_a_model_with_fast_kernels_says_what_the_plain_one_says(
+    tiny: TinyModels, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = load_model(str(tiny.folder(model_type)), device="cpu", plain=True)
+    monkeypatch.setattr("app.weights.loading.onednn_is_faster", lambda: True)
+    monkeypatch.setattr("app.weights.kernels.LEAST_WORK", 1)
+    fast = load_model(str(tiny.folder(model_type)), device="cpu")
+    assert fast.identity == plain.identity
+    assert list(fast.model.state_dict()) == list(plain.model.state_dict())
+    ids = torch.randint(3, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = plain.model(ids).logits
+        assert error(fast.model(ids).logits, expected) < 1e-5
+        assert error(fork(fast.model)(ids).logits, expected) < 1e-5
+    twins = {type(module) for module in fast.model.modules()} - {
+        type(module) for module in plain.model.modules()
+    }
+    assert twins
+    assert {type(m) for m in fast.model.modules()} == {type(m) for m in fork(fast.model).modules()}
+
+
+def test_processors_that_compute_512_bits_at_once_are_known_by_family() -> None:
+    assert has_wide_units(CPUINFO.format("AuthenticAMD", 26))
+    assert not has_wide_units(CPUINFO.format("AuthenticAMD", 25))
+    assert not has_wide_units(CPUINFO.format("GenuineIntel", 26))
+    assert not has_wide_units("Processor: ARMv8\n")

@@ -12,9 +12,9 @@ It does what the official code of ROME, MEMIT and AlphaEdit does, no more and no
 - AlphaEdit reads all keys once more after the edit, to remember them.
 
 Two things are plainer than there: passes that read keys take one fact's contexts at a time, not
-128 rows, and a value's scale is read in a pass of its own, over one row. The loss, the steps'
-size and the regularisation are this project's (``ValueParameters``), so that both sides can be
-given the same contexts, steps and statistics.
+128 rows, and a value's scale is read in a pass of its own, over one row. The loss, the optimiser,
+the steps' size and the regularisation are this project's (``ValueParameters``), so that both sides
+can be given the same contexts, steps and statistics; the published optimiser is ``adam``.
 
 Sources: Meng et al. 2022 (arXiv 2202.05262), Meng et al. 2023 (arXiv 2210.07229), Gupta et al.
 2024 (arXiv 2403.14236), Fang et al. 2025 (arXiv 2410.02355); github.com/kmeng01/rome,
@@ -23,7 +23,7 @@ github.com/kmeng01/memit, github.com/zjunlp/EasyEdit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +51,32 @@ class PlainValue:
     hidden: Tensor
 
 
+class PlainPolyak:
+    """Polyak's step toward zero on one vector, as ``app.editing.optimisers`` says."""
+
+    def __init__(self, params: Sequence[Tensor], lr: float) -> None:
+        (self._z,) = params
+        self._longest = lr * len(self._z) ** 0.5
+        self._before = float("inf")
+
+    def zero_grad(self) -> None:
+        self._z.grad = None
+
+    @torch.no_grad()
+    def step(self, read_loss: Callable[[], float]) -> None:
+        """Move, given the loss behind the gradient."""
+        loss = read_loss()
+        if loss > self._before:
+            self._longest /= 2
+        self._before = loss
+        gradient = self._z.grad
+        assert gradient is not None
+        self._z -= min(loss / gradient.norm(), self._longest) * gradient / gradient.norm()
+
+
+OPTIMISERS: dict[str, Any] = {"adam": torch.optim.Adam, "polyak": PlainPolyak}
+
+
 def search_value(
     model: LanguageModel,
     loaded: LoadedModel,
@@ -61,8 +87,8 @@ def search_value(
     *,
     head_twice: bool,
 ) -> PlainValue:
-    """One fact's value: Adam steps through the whole model, and the loss behind the last, until
-    that is below ``stop_loss`` or ``settings.steps`` are taken."""
+    """One fact's value: steps of an optimiser through the whole model, and the loss behind the
+    last, until that is below ``stop_loss`` or ``settings.steps`` are taken."""
     targets = [_trace(loaded, context, fact, target=True) for context in contexts]
     essence = [trace_prompt(loaded, prompt, fact.subject) for prompt in settings.essence]
     rows = targets + essence
@@ -73,7 +99,7 @@ def search_value(
     hidden = read_scale(model, loaded, fact, layer)
     unit = hidden.norm() / len(hidden) ** 0.5
     z = torch.zeros_like(hidden, requires_grad=True)
-    adam = torch.optim.Adam([z], lr=settings.learning_rate)
+    optimiser = OPTIMISERS[settings.optimiser]([z], lr=settings.learning_rate)
     ends = [len(row.ids) - 1 for row in essence]
     numbers = list(range(len(targets), len(rows)))
     base: Tensor | None = None
@@ -91,9 +117,9 @@ def search_value(
         loss = nll + settings.kl_weight * kl + settings.weight_decay * decay
         if step == settings.steps or float(loss.detach()) < settings.stop_loss:
             break
-        adam.zero_grad()
+        optimiser.zero_grad()
         torch.autograd.backward(loss)
-        adam.step()
+        optimiser.step(loss.item)
         with torch.no_grad():
             size, bound = (unit * z).norm(), settings.clamp * hidden.norm()
             if size > bound:

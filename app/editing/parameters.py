@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -82,15 +82,35 @@ class LayersParameters(MethodParameters):
 class ValueParameters(Parameters):
     """How a value is searched for.
 
-    ``learning_rate`` is in units of the hidden state's root mean square, so that one setting
-    serves models whose residual stream is large or small.
+    ``learning_rate`` is in units of the hidden state, so that one setting serves models whose
+    residual stream is large or small.
     """
 
-    steps: Annotated[int, Field(ge=1, le=1000, description="Most Adam steps per value.")] = 25
+    steps: Annotated[int, Field(ge=1, le=1000, description="Most steps per value.")] = 25
+    optimiser: Annotated[
+        Literal["adam", "polyak"],
+        Field(
+            description="adam: as published. polyak: as far down the gradient as the loss is "
+            "high; fewer steps, and less of a change."
+        ),
+    ] = "polyak"
     learning_rate: Annotated[
         Positive,
-        Field(le=10, description="Step size, relative to the hidden state's rms."),
+        Field(
+            le=10,
+            description="adam: step size, relative to the hidden state's rms. polyak: longest "
+            "step, relative to ‖h‖.",
+        ),
     ] = 0.3
+    patience: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1000,
+            description="Stop a fact whose loss has fallen by less than 5 % in so many steps; "
+            "0: never.",
+        ),
+    ] = 5
     clamp: Annotated[Positive, Field(description="Bound on ‖δ‖ relative to ‖h‖.")] = 4.0
     kl_weight: Annotated[NonNegative, Field(description="Weight of the essence KL.")] = 0.0625
     weight_decay: Annotated[NonNegative, Field(description="Weight of ‖δ‖/‖h‖².")] = 0.5

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from app.domain import Fact, Progress, no_progress
 from app.editing.keys import solve_keys
+from app.editing.optimisers import OPTIMISERS, Optimiser
 from app.editing.parameters import ValueParameters
 from app.editing.sayings import sample_sayings
 from app.editing.targets import FactRows, all_rows, gather_spots, span_of, trace_facts
@@ -29,6 +30,7 @@ log = structlog.get_logger(__name__)
 
 TOLERANCE = {torch.float32: 1e-3}  # between suffix and whole passes, of the logits' spread
 COARSE_TOLERANCE = 0.1  # the same in half precision
+STALLED = 0.05  # a loss that falls by less over `patience` steps is as low as it gets
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,9 @@ class _Search:
         # Several facts ask for a longer way, about as the square root of their number.
         number = torch.tensor([float(fact.facts) for fact in facts], device=device)
         self._unit = (self._norms * (number / self._hidden.shape[1]).sqrt())[:, None]
-        self._adam = _Adam(self._hidden.shape, settings.learning_rate, device)
+        optimiser = OPTIMISERS[settings.optimiser]
+        self._optimiser: Optimiser = optimiser(self._hidden.shape, settings.learning_rate, device)
+        self._seen = torch.empty(0, self._count, device=device)
 
     def run(self, tell: Callable[[int], None]) -> list[Value]:
         keys, hidden = self._keys, self._hidden
@@ -174,7 +178,7 @@ class _Search:
         for step in range(self._settings.steps + 1):
             tell(step)
             last = step == self._settings.steps
-            z = self._adam.z.detach().requires_grad_(not last)
+            z = self._optimiser.z.detach().requires_grad_(not last)
             deltas = self._unit * z
             nll, totals = self._losses(deltas, check=step == 0)
             losses = nll.tolist()
@@ -187,7 +191,7 @@ class _Search:
             if not stays:
                 break
             (gradient,) = torch.autograd.grad(totals.sum(), z)
-            self._adam.step(gradient)
+            self._optimiser.step(gradient, totals.detach())
             self._clamp()
             if len(stays) < len(active):
                 self._keep(stays)
@@ -196,8 +200,18 @@ class _Search:
 
     def _are_done(self, nll: Tensor, totals: Tensor) -> list[bool]:
         settings = self._settings
-        done: list[bool] = ((totals < settings.stop_loss) | (nll < settings.stop_target)).tolist()
-        return done
+        done = (totals < settings.stop_loss) | (nll < settings.stop_target)
+        found: list[bool] = (done | self._have_stalled(totals.detach())).tolist()
+        return found
+
+    def _have_stalled(self, totals: Tensor) -> Tensor:
+        """Which losses have hardly fallen in the last ``patience`` steps."""
+        patience = self._settings.patience
+        if not patience:
+            return torch.zeros_like(totals, dtype=torch.bool)
+        floor = self._seen[-patience] if len(self._seen) >= patience else torch.inf
+        self._seen = torch.cat([self._seen, totals[None]])[-patience:]
+        return totals > (1 - STALLED) * floor
 
     def _leave_out_answers(self) -> None:
         """Ask no essence row to keep the answer that is to change: leave out the predictions at
@@ -260,9 +274,9 @@ class _Search:
         return logits_of(self._model, at_spots).log_softmax(dim=-1)
 
     def _clamp(self) -> None:
-        sizes = (self._unit * self._adam.z).norm(dim=1)
+        sizes = (self._unit * self._optimiser.z).norm(dim=1)
         bound = self._settings.clamp * self._norms
-        self._adam.z.mul_((bound / sizes.clamp(min=1e-12)).clamp(max=1)[:, None])
+        self._optimiser.z.mul_((bound / sizes.clamp(min=1e-12)).clamp(max=1)[:, None])
 
     def _keep(self, places: Sequence[int]) -> None:
         """Go on with these facts only."""
@@ -276,29 +290,8 @@ class _Search:
         self._unchanged = self._unchanged[kept[targets:]]
         self._owners = numbers[self._owners[rows]]
         self._norms, self._unit = self._norms[chosen], self._unit[chosen]
-        self._adam.keep(chosen)
-
-
-class _Adam:
-    """Adam (Kingma and Ba 2015, arXiv 1412.6980) on ``z`` ``(facts, d)``, whose rows may leave."""
-
-    def __init__(self, shape: Sequence[int], rate: float, device: torch.device) -> None:
-        self.z = torch.zeros(*shape, device=device)
-        self._mean = torch.zeros_like(self.z)
-        self._square = torch.zeros_like(self.z)
-        self._rate = rate
-        self._steps = 0
-
-    def step(self, gradient: Tensor, beta: float = 0.9, gamma: float = 0.999) -> None:
-        self._steps += 1
-        self._mean.lerp_(gradient, 1 - beta)
-        self._square.mul_(gamma).addcmul_(gradient, gradient, value=1 - gamma)
-        scale = self._square.sqrt().div_((1 - gamma**self._steps) ** 0.5).add_(1e-8)
-        self.z.addcdiv_(self._mean, scale, value=-self._rate / (1 - beta**self._steps))
-
-    def keep(self, rows: Tensor) -> None:
-        self.z, self._mean = self.z[rows], self._mean[rows]
-        self._square = self._square[rows]
+        self._optimiser.keep(chosen)
+        self._seen = self._seen[:, chosen]
 
 
 def _mean_by_owner(values: Tensor, owners: Tensor, count: int) -> Tensor:

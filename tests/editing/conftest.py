@@ -29,7 +29,7 @@ def hparams(method: str, *layers: int, **others: Any) -> dict[str, Any]:
     model's few facts count."""
     if "layer" in METHODS[method].parameters.model_fields:
         return {"layer": layers[-1], **others}
-    gentle: dict[str, Any] = {"null_share": 0.5} if method == "alphaedit" else {}
+    gentle: dict[str, Any] = {"null_share": 0.7} if method == "alphaedit" else {}
     if method in ("memit", "memit_seq"):
         gentle["covariance_weight"] = 10.0
     if method == "ledger":

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
+from structlog.testing import capture_logs
+from torch import Tensor
 
 from app.editing.editor import Editor
 from app.editing.parameters import ValueParameters
-from app.editing.values import optimise_values
+from app.editing.values import Value, optimise_values
 from app.weights.delta import Delta, LowRank
+from app.weights.suffix import SuffixPass
 from app.weights.views import ViewCache
 from benchmarks.reference import PlainEditor, PlainStatistics, search_value
 from tests.editing.conftest import FACTS, MakeEditor, hparams
@@ -16,7 +21,15 @@ from tests.tiny import CONFIGS, MemoryDeltas
 
 CLOSED_FORM = ("rome", "memit", "emmet", "alphaedit", "memit_seq")
 STEPS = 10  # of a search compared for itself
-PLAIN = {"steps": 4, "stop_loss": 0.0, "contexts": 2}  # all steps, as the reference takes
+# All steps, as the reference takes, by the published optimiser.
+PLAIN = {
+    "steps": 4,
+    "optimiser": "adam",
+    "learning_rate": 0.3,
+    "stop_loss": 0.0,
+    "patience": 0,
+    "contexts": 2,
+}
 
 
 def plain_editor(editor: Editor, views: ViewCache, method: str) -> PlainEditor:
@@ -31,18 +44,49 @@ def plain_editor(editor: Editor, views: ViewCache, method: str) -> PlainEditor:
     )
 
 
+@pytest.mark.parametrize("optimiser", ["adam", "polyak"])
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("model_type", sorted(CONFIGS))
-def test_a_value_is_the_plain_searchs(make_editor: MakeEditor, model_type: str, layer: int) -> None:
+def test_a_value_is_the_plain_searchs(
+    make_editor: MakeEditor, model_type: str, layer: int, optimiser: Literal["adam", "polyak"]
+) -> None:
     editor, views = make_editor(model_type)
     contexts = editor._context_templates(2, 10)
-    settings = ValueParameters(steps=STEPS, stop_loss=0.0)
+    settings = ValueParameters(
+        steps=STEPS, optimiser=optimiser, learning_rate=0.3, stop_loss=0.0, patience=0
+    )
     model, loaded = views.private(()), views.loaded
     values = optimise_values(model, loaded, FACTS, layer, contexts, settings)
     for fact, value in zip(FACTS, values, strict=True):
         plain = search_value(model, loaded, fact, layer, contexts, settings, head_twice=layer > 0)
         assert torch.cosine_similarity(value.delta, plain.delta, dim=0) >= 0.9999
         torch.testing.assert_close(value.hidden, plain.hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_a_search_turns_to_whole_passes_where_the_short_ones_are_found_wrong(
+    make_editor: MakeEditor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, views = make_editor("gpt2")
+    settings = ValueParameters(steps=STEPS, stop_loss=0.0, patience=0)
+
+    def search() -> list[Value]:
+        return optimise_values(views.private(()), views.loaded, FACTS, 1, ("{}",), settings)
+
+    expected = search()
+    run = SuffixPass.run
+
+    def run_wrongly(self: SuffixPass, deltas: Tensor) -> Tensor:
+        whole = all(group._whole for group in self._groups)
+        return run(self, deltas) if whole else run(self, deltas).roll(1, dims=-1)
+
+    monkeypatch.setattr(SuffixPass, "run", run_wrongly)
+    with capture_logs() as logs:
+        found = search()
+    (told,) = (line for line in logs if line["event"] == "value search: whole passes")
+    assert "suffix passes differ by" in told["reason"]
+    for value, wanted in zip(found, expected, strict=True):
+        assert value.steps == STEPS
+        assert torch.cosine_similarity(value.delta, wanted.delta, dim=0) >= 0.9999
 
 
 @pytest.mark.parametrize("method", CLOSED_FORM)

@@ -1,0 +1,109 @@
+"""Each fact's vector goes its own way, whoever else is in the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.editing.optimisers import OPTIMISERS, Adam, Optimiser, Polyak
+from app.editing.parameters import ValueParameters
+from app.editing.values import STALLED, optimise_values
+from tests.editing.conftest import FACTS, MakeEditor
+
+CPU = torch.device("cpu")
+WIDTH = 16
+TARGETS = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
+STRETCH = torch.linspace(1, 4, WIDTH)
+
+
+def losses_at(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """A stretched bowl around each row's target, and its gradient."""
+    z = z.clone().requires_grad_(True)
+    losses = (STRETCH * (z - targets).square()).sum(dim=1)
+    (gradient,) = torch.autograd.grad(losses.sum(), z)
+    return losses.detach(), gradient
+
+
+def walk(optimiser: Optimiser, targets: Tensor, steps: int) -> None:
+    for _ in range(steps):
+        losses, gradient = losses_at(optimiser.z, targets)
+        optimiser.step(gradient, losses)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMISERS))
+def test_vectors_reach_the_bottom(name: str) -> None:
+    optimiser = OPTIMISERS[name]((3, WIDTH), 0.3, CPU)
+    first, _ = losses_at(optimiser.z, TARGETS)
+    walk(optimiser, TARGETS, 100)
+    last, _ = losses_at(optimiser.z, TARGETS)
+    assert bool((last < 1e-3 * first).all())
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMISERS))
+def test_a_vector_goes_the_way_it_would_go_alone_also_after_others_left(name: str) -> None:
+    make = OPTIMISERS[name]
+    together = make((3, WIDTH), 0.3, CPU)
+    walk(together, TARGETS, 4)
+    kept = torch.tensor([0, 2])
+    together.keep(kept)
+    walk(together, TARGETS[kept], 4)
+    for place, row in enumerate(kept.tolist()):
+        alone = make((1, WIDTH), 0.3, CPU)
+        walk(alone, TARGETS[row : row + 1], 8)
+        torch.testing.assert_close(together.z[place], alone.z[0])
+
+
+def test_adam_is_torchs() -> None:
+    own = Adam((3, WIDTH), 0.1, CPU)
+    z = torch.zeros(3, WIDTH, requires_grad=True)
+    torchs = torch.optim.Adam([z], lr=0.1)
+    for _ in range(7):
+        losses, gradient = losses_at(own.z, TARGETS)
+        own.step(gradient, losses)
+        z.grad = losses_at(z.detach(), TARGETS)[1]
+        torchs.step()
+    torch.testing.assert_close(own.z, z.detach())
+
+
+def test_a_linear_loss_is_brought_to_zero_in_one_step_of_polyak() -> None:
+    slope = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(1))
+    heights = torch.tensor([0.5, 1.5])
+    optimiser = Polyak((2, WIDTH), 10.0, CPU)
+    optimiser.step(slope, heights)
+    left = heights + (slope * optimiser.z).sum(dim=1)
+    torch.testing.assert_close(left, torch.zeros(2), rtol=0, atol=1e-5)
+
+
+def test_no_step_of_polyak_is_longer_than_the_rate_and_half_of_it_after_a_rise() -> None:
+    optimiser = Polyak((2, WIDTH), 0.1, CPU)
+    steep = torch.full((2, WIDTH), 1e-3)
+    longest = 0.1 * WIDTH**0.5
+    optimiser.step(steep, torch.tensor([1.0, 1.0]))
+    torch.testing.assert_close(optimiser.z.norm(dim=1), torch.full((2,), longest))
+    before = optimiser.z.clone()
+    optimiser.step(steep, torch.tensor([0.9, 1.1]))
+    moved = (optimiser.z - before).norm(dim=1)
+    torch.testing.assert_close(moved, torch.tensor([longest, longest / 2]))
+
+
+def test_polyak_stays_where_nothing_leads_down() -> None:
+    optimiser = Polyak((1, WIDTH), 0.1, CPU)
+    optimiser.step(torch.zeros(1, WIDTH), torch.ones(1))
+    assert torch.equal(optimiser.z, torch.zeros(1, WIDTH))
+
+
+def test_a_fact_whose_loss_hardly_falls_stops_before_its_last_step(make_editor: MakeEditor) -> None:
+    _, views = make_editor()
+    model, loaded = views.private(()), views.loaded
+
+    def search(steps: int, patience: int) -> tuple[int, float]:
+        settings = ValueParameters(steps=steps, patience=patience, stop_loss=0.0)
+        (value,) = optimise_values(model, loaded, FACTS[:1], 1, ("{}",), settings)
+        return value.steps, value.loss
+
+    assert search(80, 0)[0] == 80
+    stopped, loss = search(80, 5)
+    assert 5 <= stopped < 80
+    assert loss > (1 - 2 * STALLED) * search(stopped - 5, 0)[1]
+    assert search(stopped - 1, 5)[0] == stopped - 1

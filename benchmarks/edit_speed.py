@@ -69,7 +69,11 @@ class Bench:
     def __init__(self, plain: LoadedModel, chosen: argparse.Namespace, data: Path) -> None:
         self._plain = plain
         loaded = self.loaded = replace(plain, model=fork(plain.model))
-        if chosen.products == "onednn" or (chosen.products == "auto" and onednn_is_faster()):
+        self.products = chosen.products
+        if self.products == "auto":
+            faster = loaded.device.type == "cpu" and onednn_is_faster()
+            self.products = "onednn" if faster else "torch"
+        if self.products == "onednn":
             use_onednn(loaded.model)
         self._deltas: dict[str, bytes] = {}
         self._views = ViewCache(loaded, load_delta=self._deltas.__getitem__, budget_bytes=0)
@@ -123,7 +127,7 @@ class Bench:
     def _contexts(self, hparams: Mapping[str, Any]) -> tuple[str, ...]:
         return self._editor._context_templates(hparams["contexts"], hparams["context_length"])
 
-    def plain(self, statistics: PlainStatistics) -> PlainEditor:
+    def reference(self, statistics: PlainStatistics) -> PlainEditor:
         """The reference on a private copy of the base."""
         return PlainEditor(
             model=fork(self._plain.model),
@@ -140,7 +144,7 @@ class Bench:
         statistics = PlainStatistics(self._editor._statistics, self._plain_hparams)
         statistics.prepare(self.plan.method)
         state: Composition = ()
-        editor = self.plain(statistics)
+        editor = self.reference(statistics)
         for batch in batches_of(facts, 1 if self._mode == "independent" else self._size):
             with run.timing():
                 changes = editor.edit(batch)
@@ -149,7 +153,7 @@ class Bench:
             state = (*state, digest) if self._mode == "sequential" else (digest,)
             run.states += [state] * len(batch)
             if self._mode != "sequential":
-                editor = self.plain(statistics)
+                editor = self.reference(statistics)
         if self._mode == "sequential":
             run.states = [state] * len(facts)
         return run
@@ -177,6 +181,16 @@ def read_hparams(editor: Editor, chosen: argparse.Namespace) -> dict[str, Any]:
     return hparams
 
 
+def choose_facts(chosen: argparse.Namespace) -> Sequence[Fact]:
+    """The facts to edit, in the file's order."""
+    if not chosen.distinct_subjects:
+        return read_facts(Path(chosen.requests), chosen.n)
+    first: dict[str, Fact] = {}
+    for fact in read_facts(Path(chosen.requests)):
+        first.setdefault(fact.subject, fact)
+    return list(first.values())[: chosen.n]
+
+
 def batches_of(facts: Sequence[Fact], size: int) -> Iterator[list[Fact]]:
     """The facts in runs of ``size``."""
     rest = iter(facts)
@@ -201,7 +215,7 @@ def measure(chosen: argparse.Namespace, data: Path) -> dict[str, Any]:
     """Run the benchmark; everything the line reports."""
     torch.set_num_threads(chosen.threads)
     plain = load_model(chosen.model, device=chosen.device, dtype=chosen.dtype, plain=True)
-    facts = read_facts(Path(chosen.requests), chosen.n)
+    facts = choose_facts(chosen)
     bench = Bench(plain, chosen, data)
     loaded = bench.loaded
     report: dict[str, Any] = {
@@ -213,7 +227,7 @@ def measure(chosen: argparse.Namespace, data: Path) -> dict[str, Any]:
         "batch_size": chosen.batch_size,
         "contexts": bench.plan.hparams["contexts"],
         "threads": chosen.threads,
-        "products": chosen.products,
+        "products": bench.products,
         "device": str(loaded.device),
         "dtype": loaded.identity.dtype,
         "s_statistics": bench.warm(facts[:1]),
@@ -255,6 +269,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=50, help="facts to edit")
     parser.add_argument("--mode", choices=MODES, default="batch")
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument(
+        "--distinct-subjects", action="store_true", help="only the first fact of each subject"
+    )
     parser.add_argument("--steps", type=int, help="most steps per value")
     parser.add_argument("--no-early-stop", action="store_true", help="take all steps")
     parser.add_argument("--threads", type=int, default=1)

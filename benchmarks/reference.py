@@ -71,7 +71,8 @@ class PlainPolyak:
         self._before = loss
         gradient = self._z.grad
         assert gradient is not None
-        self._z -= min(loss / gradient.norm(), self._longest) * gradient / gradient.norm()
+        steepness = gradient.norm().clamp(min=1e-12)
+        self._z -= min(loss / steepness, self._longest) * gradient / steepness
 
 
 OPTIMISERS: dict[str, Any] = {"adam": torch.optim.Adam, "polyak": PlainPolyak}
@@ -88,7 +89,8 @@ def search_value(
     head_twice: bool,
 ) -> PlainValue:
     """One fact's value: steps of an optimiser through the whole model, and the loss behind the
-    last, until that is below ``stop_loss`` or ``settings.steps`` are taken."""
+    last, until that is below ``stop_loss`` or ``settings.steps`` are taken; ``stop_target`` and
+    ``patience`` are ours and don't count here."""
     targets = [_trace(loaded, context, fact, target=True) for context in contexts]
     essence = [trace_prompt(loaded, prompt, fact.subject) for prompt in settings.essence]
     rows = targets + essence
@@ -119,7 +121,7 @@ def search_value(
             break
         optimiser.zero_grad()
         torch.autograd.backward(loss)
-        optimiser.step(loss.item)
+        optimiser.step(loss.item)  # torch's Adam calls it and doesn't use the answer
         with torch.no_grad():
             size, bound = (unit * z).norm(), settings.clamp * hidden.norm()
             if size > bound:

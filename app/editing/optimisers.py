@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+STALLED = 0.05  # the share by which a loss should fall in ``patience`` steps
+
 
 class Optimiser(Protocol):
     z: Tensor
@@ -48,8 +50,8 @@ class Polyak:
     """Polyak's step (1963; arXiv 2310.07922, section 1.2) toward a loss of zero: down the
     gradient as far as a linear loss would take to get there, ``z −= loss / ‖g‖² · g``.
 
-    No step is longer than ``rate`` times that of a ``z`` of ones, and half as long again each
-    time the loss has risen.
+    No step is longer than ``rate`` times a ``z`` of ones. This bound is halved each time the
+    loss has risen.
     """
 
     def __init__(self, shape: Sequence[int], rate: float, device: torch.device) -> None:
@@ -68,6 +70,26 @@ class Polyak:
     def keep(self, rows: Tensor) -> None:
         self.z, self._longest = self.z[rows], self._longest[rows]
         self._before = self._before[rows]
+
+
+class Stall:
+    """Remembers the losses ``(facts,)`` of the last steps, to tell which hardly fall any more."""
+
+    def __init__(self, patience: int, count: int, device: torch.device) -> None:
+        self._patience = patience
+        self._seen = torch.empty(0, count, device=device)
+
+    def see(self, losses: Tensor) -> Tensor:
+        """Which have, in the last ``patience`` steps, not come 5 % below the one before them,
+        and didn't just rise."""
+        seen = self._seen = torch.cat([self._seen, losses[None]])[-self._patience - 1 :]
+        if not self._patience or len(seen) <= self._patience:
+            return torch.zeros_like(losses, dtype=torch.bool)
+        return (seen[1:].amin(dim=0) > (1 - STALLED) * seen[0]) & (seen[-1] <= seen[-2])
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these facts only."""
+        self._seen = self._seen[:, rows]
 
 
 OPTIMISERS: dict[str, type[Adam] | type[Polyak]] = {"adam": Adam, "polyak": Polyak}

@@ -90,8 +90,8 @@ class ValueParameters(Parameters):
     optimiser: Annotated[
         Literal["adam", "polyak"],
         Field(
-            description="adam: as published. polyak: as far down the gradient as the loss is "
-            "high; fewer steps, and less of a change."
+            description="adam: as published, with a patience of 0. polyak: as far down the "
+            "gradient as the loss is high; fewer steps, and less of a change."
         ),
     ] = "polyak"
     learning_rate: Annotated[
@@ -99,7 +99,7 @@ class ValueParameters(Parameters):
         Field(
             le=10,
             description="adam: step size, relative to the hidden state's rms. polyak: longest "
-            "step, relative to ‖h‖.",
+            "step, relative to ‖h‖ · √(facts of the subject).",
         ),
     ] = 0.3
     patience: Annotated[

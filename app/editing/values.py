@@ -16,7 +16,7 @@ from torch import Tensor
 
 from app.domain import Fact, Progress, no_progress
 from app.editing.keys import solve_keys
-from app.editing.optimisers import OPTIMISERS, Optimiser
+from app.editing.optimisers import OPTIMISERS, Optimiser, Stall
 from app.editing.parameters import ValueParameters
 from app.editing.sayings import sample_sayings
 from app.editing.targets import FactRows, all_rows, gather_spots, span_of, trace_facts
@@ -30,7 +30,6 @@ log = structlog.get_logger(__name__)
 
 TOLERANCE = {torch.float32: 1e-3}  # between suffix and whole passes, of the logits' spread
 COARSE_TOLERANCE = 0.1  # the same in half precision
-STALLED = 0.05  # a loss that falls by less over `patience` steps is as low as it gets
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +168,7 @@ class _Search:
         self._unit = (self._norms * (number / self._hidden.shape[1]).sqrt())[:, None]
         optimiser = OPTIMISERS[settings.optimiser]
         self._optimiser: Optimiser = optimiser(self._hidden.shape, settings.learning_rate, device)
-        self._seen = torch.empty(0, self._count, device=device)
+        self._stall = Stall(settings.patience, self._count, device)
 
     def run(self, tell: Callable[[int], None]) -> list[Value]:
         keys, hidden = self._keys, self._hidden
@@ -201,17 +200,8 @@ class _Search:
     def _are_done(self, nll: Tensor, totals: Tensor) -> list[bool]:
         settings = self._settings
         done = (totals < settings.stop_loss) | (nll < settings.stop_target)
-        found: list[bool] = (done | self._have_stalled(totals.detach())).tolist()
+        found: list[bool] = (done | self._stall.see(totals.detach())).tolist()
         return found
-
-    def _have_stalled(self, totals: Tensor) -> Tensor:
-        """Which losses have hardly fallen in the last ``patience`` steps."""
-        patience = self._settings.patience
-        if not patience:
-            return torch.zeros_like(totals, dtype=torch.bool)
-        floor = self._seen[-patience] if len(self._seen) >= patience else torch.inf
-        self._seen = torch.cat([self._seen, totals[None]])[-patience:]
-        return totals > (1 - STALLED) * floor
 
     def _leave_out_answers(self) -> None:
         """Ask no essence row to keep the answer that is to change: leave out the predictions at
@@ -291,7 +281,7 @@ class _Search:
         self._owners = numbers[self._owners[rows]]
         self._norms, self._unit = self._norms[chosen], self._unit[chosen]
         self._optimiser.keep(chosen)
-        self._seen = self._seen[:, chosen]
+        self._stall.keep(chosen)
 
 
 def _mean_by_owner(values: Tensor, owners: Tensor, count: int) -> Tensor:

@@ -2,8 +2,8 @@
 rounding (docs/decisions/kernels.md).
 
 PyTorch multiplies fp32 matrices on a CPU by MKL, which keeps to AVX2 on processors that aren't
-Intel's. Where such a processor has full AVX-512 units, oneDNN, which is in the same package, is
-twice as fast. Its product is a private operator, called here only.
+Intel's. Where such a processor has full AVX-512 units, oneDNN, which is in the same package, is up
+to twice as fast. Its product is a private operator, called here only.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-# Each form of a product costs 0.6 MB of code. Read by oneDNN before its first product.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-
 ZEN_5 = 26  # AMD's family number; the units of the one before take two turns for 512 bits
+KEPT_FORMS = 128  # of products, each of which costs 0.6 MB of code
 LEAST_WORK = 1 << 20  # multiplications; below, the call costs more than it gains
 ROW_UNIT, PADDED_BELOW = 4, 64  # few rows are padded, so that their products come in few forms
 
@@ -37,7 +36,8 @@ def onednn_is_faster() -> bool:
 
 
 def has_wide_units(cpuinfo: str) -> bool:
-    """Whether Linux tells of an AMD processor that computes 512 bits at once."""
+    """Whether Linux tells of an AMD processor of a family that computes 512 bits at once, in its
+    servers at least."""
     processor = cpuinfo.partition("\n\n")[0]
     told = {
         name.strip(): value.strip()
@@ -54,7 +54,11 @@ def use_fused_activations(model: nn.Module) -> None:
 
 def use_onednn(model: nn.Module) -> None:
     """Have the linear layers of a model in fp32 on a CPU multiply by oneDNN. Parameters and their
-    names stay what they are; layers whose weights are trained multiply as before."""
+    names stay what they are; layers that are trained multiply as before.
+
+    To be called before the process multiplies by oneDNN, which then reads how much it may keep.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_FORMS))
     _turn(model, {nn.Linear: _Linear, Conv1D: _Conv1D})
 
 
@@ -79,15 +83,18 @@ class _Product(torch.autograd.Function):
         return multiply(inputs, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return multiply(gradient, ctx.weight.T, None), None, None
 
 
-def _suits(inputs: Tensor, weight: Tensor) -> bool:
+def _suits(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         inputs.numel() * weight.numel() >= LEAST_WORK * inputs.shape[-1]
         and inputs.dtype == weight.dtype == torch.float32
+        and inputs.device.type == "cpu"
         and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
     )
 
 
@@ -100,14 +107,14 @@ def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 class _Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        if _suits(input, self.weight):
+        if _suits(input, self.weight, self.bias):
             return _product(input, self.weight, self.bias)
         return super().forward(input)
 
 
 class _Conv1D(Conv1D):
     def forward(self, x: Tensor) -> Tensor:
-        if _suits(x, self.weight):
+        if _suits(x, self.weight, self.bias):
             return _product(x, self.weight.T, self.bias)
         found: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return found

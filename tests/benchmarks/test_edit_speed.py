@@ -31,7 +31,7 @@ def run(tiny: TinyModels, folder: Path, *options: str) -> dict[str, object]:
     requests.write_text(json.dumps(REQUESTS))
     arguments: Sequence[str] = (
         *("--model", str(tiny.folder("gpt2")), "--requests", str(requests), "--n", "3"),
-        *("--statistics-tokens", "600", "--steps", "3", "--no-early-stop", "--contexts", "1"),
+        *("--statistics-tokens", "600", "--steps", "8", "--no-early-stop", "--contexts", "1"),
         *options,
     )
     return edit_speed.measure(edit_speed.parse(arguments), folder)
@@ -47,7 +47,7 @@ def test_the_line_says_what_was_run_and_how_long_it_took(
     options = ("--method", method, "--mode", mode, "--batch-size", str(size))
     report = run(tiny, tmp_path, *options, "--against", "reference", "--reference-n", "1")
     assert json.loads(json.dumps(report)) == report
-    assert report["steps_mean"] == 3
+    assert report["steps_mean"] == 8
     assert (report["method"], report["mode"], report["n"]) == (method, mode, 3)
     for name in ("s_per_edit", "s_per_edit_reference", "ratio", "times_the_bound", "rss_peak_mb"):
         figure = report[name]
@@ -61,9 +61,20 @@ def test_the_reference_can_be_given_settings_of_its_own(tiny: TinyModels, tmp_pa
     own = ("--reference-hparams", '{"steps": 7, "contexts": 0}', "--steps", "3")
     chosen = edit_speed.parse(("--model", "m", "--requests", "r", "--method", "rome", *own))
     bench = edit_speed.Bench(tiny.load("gpt2"), chosen, tmp_path)
-    plain = bench.plain(PlainStatistics(bench._editor._statistics, {}))
+    plain = bench.reference(PlainStatistics(bench._editor._statistics, {}))
     assert (bench.plan.hparams["steps"], plain.hparams["steps"]) == (3, 7)
     assert (len(bench.contexts()), plain.contexts) == (6, ("{}",))
+
+
+def test_only_the_first_fact_of_each_subject_if_asked_for(tmp_path: Path) -> None:
+    again = {"prompt": "The river of France is", "subject": "France", "target_new": "Po"}
+    requests = tmp_path / "requests.json"
+    requests.write_text(json.dumps([REQUESTS[0], again, *REQUESTS[1:]]))
+    asked = ("--model", "m", "--requests", str(requests), "--method", "rome", "--n", "2")
+    all_facts = edit_speed.choose_facts(edit_speed.parse(asked))
+    assert [fact.subject for fact in all_facts] == ["France", "France"]
+    distinct = edit_speed.choose_facts(edit_speed.parse((*asked, "--distinct-subjects")))
+    assert [(f.subject, f.target) for f in distinct] == [("France", "Rome"), ("Berlin", "Spain")]
 
 
 def test_every_shape_can_be_built_and_requests_name_their_subject() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
-from app.editing.optimisers import OPTIMISERS, Adam, Optimiser, Polyak
+from app.editing.optimisers import OPTIMISERS, Adam, Optimiser, Polyak, Stall
 from app.editing.parameters import ValueParameters
-from app.editing.values import STALLED, optimise_values
+from app.editing.values import Value, optimise_values
 from tests.editing.conftest import FACTS, MakeEditor
 
 CPU = torch.device("cpu")
@@ -93,17 +95,38 @@ def test_polyak_stays_where_nothing_leads_down() -> None:
     assert torch.equal(optimiser.z, torch.zeros(1, WIDTH))
 
 
+@pytest.mark.parametrize(
+    ("losses", "stops_at"),
+    [
+        ([8.0, 4.0, 2.0, 1.0, 0.5, 0.2, 0.1], None),
+        ([8.0, 4.0, 2.0, 1.99, 1.98, 1.97, 1.96], 5),
+        ([8.0, 2.0, 3.0, 1.8, 1.6, 1.4, 1.2], None),  # a rise on the way is no stall
+        ([8.0, 2.0, 2.0, 2.0, 2.5, 2.0, 2.0], 5),  # nor is a rise where to stop
+    ],
+)
+def test_a_loss_has_stalled_when_its_lowest_hardly_falls(
+    losses: Sequence[float], stops_at: int | None
+) -> None:
+    memory = Stall(patience=3, count=1, device=CPU)
+    stalls = [bool(memory.see(torch.tensor([loss]))) for loss in losses]
+    assert (stalls.index(True) if True in stalls else None) == stops_at
+
+
+def test_a_loss_never_stalls_without_patience() -> None:
+    memory = Stall(patience=0, count=2, device=CPU)
+    assert not any(bool(memory.see(torch.ones(2)).any()) for _ in range(9))
+
+
 def test_a_fact_whose_loss_hardly_falls_stops_before_its_last_step(make_editor: MakeEditor) -> None:
     _, views = make_editor()
     model, loaded = views.private(()), views.loaded
 
-    def search(steps: int, patience: int) -> tuple[int, float]:
-        settings = ValueParameters(steps=steps, patience=patience, stop_loss=0.0)
+    def search(patience: int) -> Value:
+        settings = ValueParameters(steps=80, patience=patience, stop_loss=0.0)
         (value,) = optimise_values(model, loaded, FACTS[:1], 1, ("{}",), settings)
-        return value.steps, value.loss
+        return value
 
-    assert search(80, 0)[0] == 80
-    stopped, loss = search(80, 5)
-    assert 5 <= stopped < 80
-    assert loss > (1 - 2 * STALLED) * search(stopped - 5, 0)[1]
-    assert search(stopped - 1, 5)[0] == stopped - 1
+    patient, impatient = search(0), search(5)
+    assert patient.steps == 80
+    assert 5 <= impatient.steps < 40
+    assert impatient.loss < 1.1 * patient.loss

@@ -60,6 +60,7 @@ def test_a_value_is_the_plain_searchs(
     for fact, value in zip(FACTS, values, strict=True):
         plain = search_value(model, loaded, fact, layer, contexts, settings, head_twice=layer > 0)
         assert torch.cosine_similarity(value.delta, plain.delta, dim=0) >= 0.9999
+        assert float(value.delta.norm()) == pytest.approx(float(plain.delta.norm()), rel=1e-3)
         torch.testing.assert_close(value.hidden, plain.hidden, rtol=1e-4, atol=1e-5)
 
 
@@ -87,6 +88,7 @@ def test_a_search_turns_to_whole_passes_where_the_short_ones_are_found_wrong(
     for value, wanted in zip(found, expected, strict=True):
         assert value.steps == STEPS
         assert torch.cosine_similarity(value.delta, wanted.delta, dim=0) >= 0.9999
+        assert float(value.delta.norm()) == pytest.approx(float(wanted.delta.norm()), rel=1e-3)
 
 
 @pytest.mark.parametrize("method", CLOSED_FORM)

@@ -5,6 +5,8 @@ The products are a private operator of PyTorch: these tests are its contract.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,18 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+def count_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of every product by oneDNN from now on."""
+    seen: list[int] = []
+
+    def multiply_and_tell(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(inputs.shape[-2])
+        return multiply(inputs, weight, bias)
+
+    monkeypatch.setattr("app.weights.kernels.multiply", multiply_and_tell)
+    return seen
+
+
 @needs_onednn
 @pytest.mark.parametrize("rows", [1, 21, 64, 173])
 @pytest.mark.parametrize("bias", [True, False])
@@ -55,43 +69,57 @@ def test_a_product_of_inputs_that_lie_apart_is_the_plain_one() -> None:
 
 
 @needs_onednn
-@pytest.mark.parametrize(
-    "layer", [nn.Linear(256, 512), nn.Linear(256, 512, bias=False), Conv1D(512, 256)]
-)
+@pytest.mark.parametrize("kind", ["linear", "without bias", "conv1d"])
 @pytest.mark.parametrize("rows", [1, 19, 200])
 def test_a_layer_that_multiplies_by_onednn_gives_the_same_and_the_same_gradient(
-    layer: nn.Module, rows: int
+    kind: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = nn.Sequential(layer).requires_grad_(False)
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 512, bias=kind != "without bias")
+    layer = Conv1D(512, 256) if kind == "conv1d" else linear
+    plain = nn.Sequential(layer).requires_grad_(False)
+    fast = copy.deepcopy(plain)
+    use_onednn(fast)
+    monkeypatch.setattr("app.weights.kernels.LEAST_WORK", 1)
+    seen = count_products(monkeypatch)
     inputs = torch.randn(1, rows, 256, requires_grad=True)
     toward = torch.randn(1, rows, 512)
 
-    def run() -> tuple[Tensor, Tensor]:
+    def run(model: nn.Module) -> tuple[Tensor, Tensor]:
         found = model(inputs)
         (gradient,) = torch.autograd.grad((found * toward).sum(), inputs)
         return found.detach(), gradient
 
-    plain, plain_gradient = run()
-    names = dict(model.named_parameters())
+    expected, expected_gradient = run(plain)
+    assert not seen
+    found, gradient = run(fast)
+    assert seen == [rows, rows]  # there and back
+    assert error(found, expected) < 2e-6
+    assert error(gradient, expected_gradient) < 2e-6
+
+
+@needs_onednn
+def test_turned_layers_are_what_they_were_with_the_same_parameters() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Conv1D(8, 8), nn.LayerNorm(8))
+    before = dict(model.named_parameters())
+    types = [type(module) for module in model]
     use_onednn(model)
-    assert isinstance(model[0], type(layer))
-    assert all(names[name] is parameter for name, parameter in model.named_parameters())
-    found, gradient = run()
-    assert error(found, plain) < 1e-6
-    assert error(gradient, plain_gradient) < 1e-6
+    assert [type(module) is kind for module, kind in zip(model, types, strict=True)] == [
+        False,
+        False,
+        True,
+    ]
+    assert all(isinstance(m, kind) for m, kind in zip(model, types, strict=True))
+    after = dict(model.named_parameters())
+    assert list(before) == list(after)
+    assert all(before[name] is after[name] for name in before)
 
 
 @needs_onednn
 def test_many_rows_go_to_onednn_and_little_work_and_trained_weights_do_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seen: list[int] = []
-
-    def multiply_and_tell(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        seen.append(inputs.shape[-2])
-        return multiply(inputs, weight, bias)
-
-    monkeypatch.setattr("app.weights.kernels.multiply", multiply_and_tell)
+    seen = count_products(monkeypatch)
     layer = nn.Linear(256, 512)
     use_onednn(layer)
     least = LEAST_WORK // (256 * 512)
@@ -100,16 +128,20 @@ def test_many_rows_go_to_onednn_and_little_work_and_trained_weights_do_not(
     layer.requires_grad_(False)
     layer(torch.randn(least, 256))
     layer(torch.randn(least - 1, 256))
-    layer.bfloat16()(torch.randn(1000, 256, dtype=torch.bfloat16))
+    layer.to("meta")(torch.randn(1000, 256, device="meta"))
+    layer.to_empty(device="cpu").bfloat16()(torch.randn(1000, 256, dtype=torch.bfloat16))
     assert seen == [least]
 
 
-def test_weights_can_be_trained_all_the_same() -> None:
-    layer = nn.Linear(256, 512)
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_parameters_can_be_trained_all_the_same(trained: str) -> None:
+    layer = nn.Linear(256, 512).requires_grad_(False)
+    layer.get_parameter(trained).requires_grad_(True)
     use_onednn(layer)
     layer(torch.randn(100, 256)).sum().backward()
-    assert layer.weight.grad is not None
-    assert bool(layer.weight.grad.any())
+    gradient = layer.get_parameter(trained).grad
+    assert gradient is not None
+    assert bool(gradient.any())
 
 
 def test_a_fused_activation_is_the_plain_one() -> None:

@@ -8,6 +8,8 @@ is done entry by entry, one rounded operation after another.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from app.errors import EditRejected
 SLICE_BITS = 21
 EXACT_TERMS = 2 ** (53 - 2 * SLICE_BITS)  # so many products of two slices sum without rounding
 BLOCK = 64  # columns factorised at once
-TILE = 256  # rows and columns of a product made at once
+TALL, WIDE = 1024, 256  # rows and columns of a product made at once
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -24,36 +26,40 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     the product of a row's and a column's largest entries, times ``k``. An entry depends on its row
     and its column only. Computed in tiles, so what is held beside the result doesn't grow."""
     total = left.new_zeros(left.shape[0], right.shape[1], dtype=torch.float64)
-    for top in range(0, total.shape[0], TILE):
-        for side in range(0, total.shape[1], TILE):
-            tile = total[top : top + TILE, side : side + TILE]
-            for first in range(0, left.shape[1], EXACT_TERMS):
-                terms = slice(first, first + EXACT_TERMS)
-                rows, columns = left[top : top + TILE, terms], right[terms, side : side + TILE]
-                tile.add_(_exact_block(rows.double(), columns.double()))
+    for top in range(0, total.shape[0], TALL):
+        for first in range(0, left.shape[1], EXACT_TERMS):
+            terms = slice(first, first + EXACT_TERMS)
+            rows = _slice(left[top : top + TALL, terms], 1)
+            for side in range(0, total.shape[1], WIDE):
+                columns = _slice(right[terms, side : side + WIDE], 0)
+                total[top : top + TALL, side : side + WIDE].add_(_multiply(rows, columns))
     return total
 
 
-def _exact_block(left: Tensor, right: Tensor) -> Tensor:
-    rows, columns = _exponents(left, 1), _exponents(right, 0)
-    high, low = _slices(left, rows)
-    upper, lower = _slices(right, columns)
-    product = high @ lower
-    product.add_(low @ upper).mul_(2.0**-SLICE_BITS).add_(high @ upper)
-    return torch.ldexp(torch.ldexp(product, rows - SLICE_BITS), columns - SLICE_BITS)
+@dataclass(frozen=True, slots=True)
+class _Slices:
+    """A matrix as ``(high + low·2⁻²¹)·unit`` in integers, up to rounding; ``unit`` holds, per row
+    or column, a power of two."""
+
+    high: Tensor
+    low: Tensor
+    unit: Tensor
 
 
-def _exponents(matrix: Tensor, dim: int) -> Tensor:
-    """Per row or column, the power of two above its largest entry."""
-    return torch.frexp(matrix.abs().amax(dim=dim, keepdim=True)).exponent
-
-
-def _slices(matrix: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers ``high`` and ``low`` with ``matrix ≈ (high + low·2⁻²¹)·2^(exponent − 21)``."""
-    scaled = torch.ldexp(matrix, SLICE_BITS - exponents)
+def _slice(matrix: Tensor, dim: int) -> _Slices:
+    matrix = matrix.double()
+    exponents = torch.frexp(matrix.abs().amax(dim=dim, keepdim=True)).exponent
+    ones = torch.ones_like(exponents, dtype=torch.float64)
+    scaled = matrix * torch.ldexp(ones, SLICE_BITS - exponents)
     high = scaled.round()
     low = scaled.sub_(high).mul_(2.0**SLICE_BITS).round_()
-    return high, low
+    return _Slices(high, low, torch.ldexp(ones, exponents - SLICE_BITS))
+
+
+def _multiply(rows: _Slices, columns: _Slices) -> Tensor:
+    product = rows.high @ columns.low
+    product.add_(rows.low @ columns.high).mul_(2.0**-SLICE_BITS).add_(rows.high @ columns.high)
+    return product.mul_(rows.unit).mul_(columns.unit)
 
 
 def solve_quasidefinite(matrix: Tensor, right: Tensor, positive: int) -> Tensor:
@@ -92,10 +98,11 @@ def _factorise(matrix: Tensor, positive: int) -> Tensor:
             row = column[: end - start - step - 1].clone()
             column.div_(pivot)
             panel[step + 1 :, step + 1 :].sub_(column[:, None] * row)
-        if end < len(factor):
-            below = factor[end:, start:end]
-            scaled = below * factor.diagonal()[start:end]
-            factor[end:, end:].sub_(matmul(below, scaled.T))
+        scaled = (factor[end:, start:end] * factor.diagonal()[start:end]).T
+        for top in range(end, len(factor), WIDE):
+            bottom = min(top + WIDE, len(factor))
+            update = matmul(factor[top:bottom, start:end], scaled[:, : bottom - end])
+            factor[top:bottom, end:bottom].sub_(update)
     return factor
 
 

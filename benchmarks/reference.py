@@ -25,12 +25,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from app.domain import SUBJECT_SLOT, Fact
+from app.editing.optimisers import STRAIGHT
 from app.editing.parameters import ValueParameters
 from app.editing.statistics import Statistics
 from app.weights.fork import graft
@@ -52,12 +54,14 @@ class PlainValue:
 
 
 class PlainPolyak:
-    """Polyak's step toward zero on one vector, as ``app.editing.optimisers`` says."""
+    """Polyak's step toward zero on one vector, and after the first rise that of BFGS without a
+    memory, by its matrix, as ``app.editing.optimisers`` says."""
 
     def __init__(self, params: Sequence[Tensor], lr: float) -> None:
         (self._z,) = params
         self._longest = lr * len(self._z) ** 0.5
-        self._before = float("inf")
+        self._losses: list[float] = []
+        self._last: tuple[Tensor, Tensor] | None = None  # z and its gradient
 
     def zero_grad(self) -> None:
         self._z.grad = None
@@ -65,14 +69,27 @@ class PlainPolyak:
     @torch.no_grad()
     def step(self, read_loss: Callable[[], float]) -> None:
         """Move, given the loss behind the gradient."""
-        loss = read_loss()
-        if loss > self._before:
+        self._losses.append(read_loss())
+        rises = [after > before for before, after in pairwise(self._losses)]
+        if rises and rises[-1]:
             self._longest /= 2
-        self._before = loss
         gradient = self._z.grad
         assert gradient is not None
-        steepness = gradient.norm().clamp(min=1e-12)
-        self._z -= min(loss / steepness, self._longest) * gradient / steepness
+        way = self._losses[-1] / gradient.norm().clamp(min=1e-12) ** 2 * gradient
+        if any(rises) and self._last is not None:
+            s, y = self._z - self._last[0], gradient - self._last[1]
+            if s @ y > STRAIGHT * s.norm() * y.norm():
+                way = _shanno_matrix(s, y) @ gradient
+        self._last = (self._z.clone(), gradient.clone())
+        length = way.norm().clamp(min=1e-12)
+        self._z -= length.clamp(max=self._longest) / length * way
+
+
+def _shanno_matrix(s: Tensor, y: Tensor) -> Tensor:
+    """BFGS's inverse Hessian ``(d, d)`` from one step and the start ``sᵀy/yᵀy · 1``."""
+    sy = s @ y
+    shift = torch.eye(len(s), device=s.device) - torch.outer(s, y) / sy
+    return sy / (y @ y) * shift @ shift.T + torch.outer(s, s) / sy
 
 
 OPTIMISERS: dict[str, Any] = {"adam": torch.optim.Adam, "polyak": PlainPolyak}

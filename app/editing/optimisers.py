@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+STRAIGHT = 1e-3  # the cosine of a step and its gradient's change, up to which no valley is seen
 STALLED = 0.05  # the share by which a loss should fall in ``patience`` steps
 
 
@@ -47,8 +48,10 @@ class Adam:
 
 
 class Polyak:
-    """Polyak's step (1963; arXiv 2310.07922, section 1.2) toward a loss of zero: down the
-    gradient as far as a linear loss would take to get there, ``z −= loss / ‖g‖² · g``.
+    """Polyak's step (1963; arXiv 2310.07922, section 1.2) toward a loss of zero, down the gradient
+    as far as a linear loss would take to get there, ``z −= loss / ‖g‖² · g``, until the loss first
+    rises. From then on the way leads through a valley, and the step is that of BFGS without a
+    memory (Shanno 1978, doi 10.1287/moor.3.3.244), whose curvature is that of the last step.
 
     No step is longer than ``rate`` times a ``z`` of ones. This bound is halved each time the
     loss has risen.
@@ -59,17 +62,41 @@ class Polyak:
         self.z = torch.zeros(facts, width, device=device)
         self._longest = torch.full((facts,), rate * width**0.5, device=device)
         self._before = torch.full((facts,), torch.inf, device=device)
+        self._risen = torch.zeros(facts, device=device, dtype=torch.bool)
+        self._last_z = self.z
+        self._last_gradient = torch.zeros_like(self.z)
 
     def step(self, gradient: Tensor, losses: Tensor) -> None:
-        self._longest = torch.where(losses > self._before, self._longest / 2, self._longest)
-        self._before = losses
+        rose = losses > self._before
+        self._risen = self._risen | rose
+        self._longest = torch.where(rose, self._longest / 2, self._longest)
         steepness = gradient.norm(dim=1).clamp(min=1e-12)
-        lengths = torch.minimum(losses / steepness, self._longest)
-        self.z.sub_((lengths / steepness)[:, None] * gradient)
+        way = (losses / steepness**2)[:, None] * gradient
+        s, y = self.z - self._last_z, gradient - self._last_gradient
+        bent = self._risen & (_dot(s, y) > STRAIGHT * s.norm(dim=1) * y.norm(dim=1))[:, 0]
+        way = torch.where(bent[:, None], _shanno(gradient, s, y), way)
+        lengths = way.norm(dim=1).clamp(min=1e-12)
+        self._before, self._last_z, self._last_gradient = losses, self.z, gradient
+        self.z = self.z - (lengths.clamp(max=self._longest) / lengths)[:, None] * way
 
     def keep(self, rows: Tensor) -> None:
         self.z, self._longest = self.z[rows], self._longest[rows]
-        self._before = self._before[rows]
+        self._before, self._risen = self._before[rows], self._risen[rows]
+        self._last_z, self._last_gradient = self._last_z[rows], self._last_gradient[rows]
+
+
+def _shanno(gradient: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """``H g`` with BFGS's ``H = c(1 − ρ s yᵀ)(1 − ρ y sᵀ) + ρ s sᵀ``, ``ρ = 1/sᵀy`` and
+    ``c = sᵀy/yᵀy``, for the change ``y`` of a gradient over a step ``s``; all ``(facts, d)``."""
+    sy = _dot(s, y)
+    along = _dot(s, gradient) / sy
+    rest = (sy / _dot(y, y)) * (gradient - along * y)
+    return rest + (along - _dot(y, rest) / sy) * s
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Row by row, ``(facts, 1)``."""
+    return (left * right).sum(dim=1, keepdim=True)
 
 
 class Stall:

@@ -91,7 +91,8 @@ class ValueParameters(Parameters):
         Literal["adam", "polyak"],
         Field(
             description="adam: as published, with a patience of 0. polyak: as far down the "
-            "gradient as the loss is high; fewer steps, and less of a change."
+            "gradient as the loss is high, after a rise by the curvature of the last step; fewer "
+            "steps, and less of a change."
         ),
     ] = "polyak"
     learning_rate: Annotated[
@@ -110,7 +111,7 @@ class ValueParameters(Parameters):
             description="Stop a fact whose loss has fallen by less than 5 % in so many steps; "
             "0: never.",
         ),
-    ] = 5
+    ] = 3
     clamp: Annotated[Positive, Field(description="Bound on ‖δ‖ relative to ‖h‖.")] = 4.0
     kl_weight: Annotated[NonNegative, Field(description="Weight of the essence KL.")] = 0.0625
     weight_decay: Annotated[NonNegative, Field(description="Weight of ‖δ‖/‖h‖².")] = 0.5

@@ -89,6 +89,18 @@ def test_no_step_of_polyak_is_longer_than_the_rate_and_half_of_it_after_a_rise()
     torch.testing.assert_close(moved, torch.tensor([longest, longest / 2]))
 
 
+def test_after_a_rise_the_curvature_of_the_last_step_counts() -> None:
+    """With a bottom of 1 Polyak's own step goes past it."""
+    optimiser = Polyak((1, 1), 10.0, CPU)
+    losses = []
+    for _ in range(5):
+        z = optimiser.z
+        losses.append(float(1 + (z - 3).square()))
+        optimiser.step(2 * (z - 3), torch.tensor(losses[-1:]))
+    assert losses[0] > losses[1] > losses[2] < losses[3]
+    assert losses[4] == pytest.approx(1)
+
+
 def test_polyak_stays_where_nothing_leads_down() -> None:
     optimiser = Polyak((1, WIDTH), 0.1, CPU)
     optimiser.step(torch.zeros(1, WIDTH), torch.ones(1))

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from app.weights.architectures import Anatomy
 
-BUDGET = 192 << 20  # on a CPU more buys no speed: a few hundred tokens fill its matrix products
+BUDGET = 256 << 20  # on a CPU more buys little: a few hundred tokens fill its matrix products
 ACCELERATOR_BUDGET = 4 << 30
 HIDDEN_COPIES, INNER_COPIES = 12, 5  # activations autograd keeps per layer: of width d, of d_ff
 LOGIT_COPIES = 4  # logits, their log-softmax, and the gradients of both; all fp32

@@ -12,7 +12,7 @@ from torch import Tensor
 from app.weights.prompts import pad_rows
 
 SHARED_LEAST = 4  # tokens that a beginning must have in common
-RUN_COST = 16  # what running a group apart costs, in tokens that could be run instead
+RUN_COST = 48  # what running a group apart costs, in tokens that could be run instead
 
 
 @dataclass(frozen=True, slots=True)

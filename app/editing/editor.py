@@ -32,6 +32,7 @@ from app.editing.live_edits import LiveEdits, Telling
 from app.editing.method import Method, Part, Solution
 from app.editing.registry import METHODS, describe, find_method
 from app.editing.row_cache import RowCache
+from app.editing.sayings import Sayings
 from app.editing.statistics import Statistics
 from app.editing.tuned import read_tuned
 from app.editing.vetting import read_row_facts
@@ -68,6 +69,7 @@ class Editor:
         self._statistics = Statistics(
             views.loaded, folder=data, corpus=corpus, tokens=statistics_tokens
         )
+        self._sayings = Sayings(views.loaded)
         self._contexts: dict[tuple[int, int], tuple[str, ...]] = {}
         self._keys: tuple[Composition, dict[str, Tensor]] = ((), {})
         self._max_relative_norm = max_relative_norm
@@ -186,6 +188,7 @@ class Editor:
             covariance=timed(self._statistics.covariance, timings),
             null_space=timed(self._statistics.null_space, timings),
             contexts=self._context_templates,
+            sayings=self._sayings,
             basis=timed(self._bases.find, timings),
             rows={row.subject: row for row in self._views.rows(composition).values()},
             row_cache=self._row_cache,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -168,7 +168,7 @@ def _make_rows(
     contexts = bench.contexts(params.contexts, params.context_length)
     with bench.timing("values_s"):
         values = optimise_together(
-            base, loaded, groups, layers[-1], contexts, params, bench.progress
+            base, loaded, groups, layers[-1], contexts, params, bench.progress, bench.sayings
         )
     vectors: list[dict[str, RowVectors]] = [{} for _ in groups]
     anchors = bases[-1].anchors
@@ -180,8 +180,10 @@ def _make_rows(
                 keys = _mean_keys(bench, base, groups, layer, contexts)
         with bench.timing("solve_s"):
             matrix = loaded.anatomy.matrix_name(layer)
-            for row, key, value, names in zip(vectors, keys, values, lifted, strict=True):
-                row[matrix] = _to_vectors(basis, key, value.delta / len(layers), names)
+            residuals = [value.delta / len(layers) for value in values]
+            solved = _solve_vectors(basis, keys, residuals, lifted)
+            for row, found in zip(vectors, solved, strict=True):
+                row[matrix] = found
     return [
         SubjectRow(
             subject=facts[0].subject,
@@ -212,16 +214,22 @@ def _mean_keys(
     return torch.stack([part.mean(dim=0) for part in parts])
 
 
-def _to_vectors(basis: Basis, key: Tensor, residual: Tensor, lifted: Sequence[int]) -> RowVectors:
-    anchor_keys = basis.anchors.keys[list(lifted)]
-    solved = basis.solve(torch.cat([key[None].cpu(), anchor_keys]))
-    return RowVectors(
-        key=key.float().cpu(),
-        solved=solved[0].float().cpu(),
-        residual=residual.float().cpu(),
-        anchor_keys=anchor_keys,
-        anchor_solved=solved[1:].float().cpu(),
-    )
+def _solve_vectors(
+    basis: Basis, keys: Tensor, residuals: Sequence[Tensor], lifted: Sequence[Sequence[int]]
+) -> Iterator[RowVectors]:
+    """Each row's part in one matrix, for keys ``(rows, d_ff)``; all are solved at once."""
+    keys = keys.float().cpu()
+    anchor_keys = [basis.anchors.keys[list(names)] for names in lifted]
+    solved = basis.solve(torch.cat([keys, *anchor_keys])).float().cpu()
+    anchor_solved = torch.split(solved[len(keys) :], [len(names) for names in lifted])
+    for place, residual in enumerate(residuals):
+        yield RowVectors(
+            key=keys[place].clone(),
+            solved=solved[place].clone(),
+            residual=residual.float().cpu(),
+            anchor_keys=anchor_keys[place],
+            anchor_solved=anchor_solved[place].clone(),
+        )
 
 
 def _name_row(facts: Sequence[Fact], basis: str, params: LedgerParameters) -> str:

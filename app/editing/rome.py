@@ -53,6 +53,7 @@ class Rome(OneDelta[RomeParameters]):
                 contexts,
                 params,
                 bench.progress,
+                bench.sayings,
             )
         with bench.timing("solve_s"):
             keys = torch.stack([value.keys for value in values])  # (facts, contexts, d_ff)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from app.domain import Sampling
@@ -10,22 +11,43 @@ from app.weights.loading import LoadedModel
 from app.weights.prompts import TracedPrompt, trace_prompt
 
 LENGTH = 8  # tokens; enough to reach an attribute of the subject
+KEPT = 4_096  # subjects
 
 
-def sample_sayings(
+class Sayings:
+    """What one base model says of subjects, those asked for last kept. Not thread-safe."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        self._kept: OrderedDict[tuple[str, int], tuple[TracedPrompt, ...]] = OrderedDict()
+
+    def of(self, subjects: Sequence[str], count: int) -> list[tuple[TracedPrompt, ...]]:
+        """``count`` continuations of each subject, drawn from the base model; each is a row
+        whose target is the continuation."""
+        if not count:
+            return [() for _ in subjects]
+        missing = [s for s in dict.fromkeys(subjects) if (s, count) not in self._kept]
+        for subject, rows in zip(missing, _sample(self._loaded, missing, count), strict=True):
+            self._kept[subject, count] = rows
+        found = [self._kept[subject, count] for subject in subjects]
+        for subject in subjects:
+            self._kept.move_to_end((subject, count))
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return found
+
+
+def _sample(
     loaded: LoadedModel, subjects: Sequence[str], count: int
 ) -> list[tuple[TracedPrompt, ...]]:
-    """``count`` continuations of each subject, drawn from the base model; each is a row whose
-    target is the continuation."""
-    if not count:
-        return [() for _ in subjects]
     starts = [trace_prompt(loaded, "{}", subject) for subject in subjects]
     rows = [
         Row(list(start.ids), Sampling(max_new_tokens=LENGTH, temperature=1.0, seed=seed))
         for start in starts
         for seed in range(count)
     ]
-    run_to_end(loaded.model, loaded, rows)
+    if rows:
+        run_to_end(loaded.model, loaded, rows)
     return [
         tuple(
             TracedPrompt((*start.ids, *row.ids), start.subject, len(start.ids))

@@ -79,7 +79,14 @@ class SpreadMethod(OneDelta[P]):
         with bench.timing("values_s"):
             last = params.edited_layers[-1]
             return optimise_values(
-                bench.model, bench.loaded, facts, last, contexts, params, bench.progress
+                bench.model,
+                bench.loaded,
+                facts,
+                last,
+                contexts,
+                params,
+                bench.progress,
+                bench.sayings,
             )
 
     def _spread(

@@ -51,9 +51,10 @@ def trace_facts(
     sayings: Sequence[TracedPrompt] = (),
 ) -> FactRows:
     """The rows of one subject's facts, and its essence rows. Every fact is read in the first
-    context, which is the bare one; the others are dealt out among the facts, so that a row costs
-    little more for each further fact."""
+    context, which is the bare one. The others, one fewer for each further fact but one at least,
+    are dealt out among the facts, so that a row costs little more for each further fact."""
     bare, *others = contexts
+    others = others[: max(1, len(others) + 1 - len(facts))]
     read = [(bare, fact) for fact in facts]
     read += [(context, facts[index % len(facts)]) for index, context in enumerate(others)]
     return FactRows(
@@ -106,21 +107,22 @@ class Spots:
     def targets(self) -> int:
         return len(self.wanted)
 
-    def drop(self, dropped: Sequence[int]) -> Spots:
-        """Without the essence spots of these places among all spots."""
+    def drop(self, dropped: Sequence[int]) -> tuple[Spots, Tensor]:
+        """Without the essence spots of these places among all spots, and which those are that
+        stay (booleans)."""
         kept = torch.ones(len(self.row), dtype=torch.bool, device=self.row.device)
         kept[list(dropped)] = False
-        return Spots(self.row[kept], self.column[kept], self.owner[kept], self.wanted)
+        return Spots(self.row[kept], self.column[kept], self.owner[kept], self.wanted), kept
 
     def keep(self, rows: Tensor, owners: Tensor) -> tuple[Spots, Tensor]:
-        """The spots in the rows that ``rows`` (booleans) keeps, renumbered, and which those
-        are; ``owners`` gives each owner's new number."""
+        """The spots in the rows that ``rows`` (booleans) keeps, renumbered, and which those are
+        (booleans); ``owners`` gives each row's owner as it is called from now on."""
         kept = rows[self.row]
-        places = rows.cumsum(dim=0) - 1
+        mine = self.row[kept]
         spots = Spots(
-            places[self.row[kept]],
+            (rows.cumsum(dim=0) - 1)[mine],
             self.column[kept],
-            owners[self.owner[kept]],
+            owners[mine],
             self.wanted[kept[: self.targets]],
         )
         return spots, kept

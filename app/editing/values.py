@@ -18,7 +18,7 @@ from app.domain import Fact, Progress, no_progress
 from app.editing.keys import solve_keys
 from app.editing.optimisers import OPTIMISERS, Optimiser, Stall
 from app.editing.parameters import ValueParameters
-from app.editing.sayings import sample_sayings
+from app.editing.sayings import Sayings
 from app.editing.targets import FactRows, all_rows, gather_spots, span_of, trace_facts
 from app.weights.footprint import activation_budget, pack
 from app.weights.head import logits_of
@@ -56,10 +56,11 @@ def optimise_values(
     contexts: Sequence[str],
     settings: ValueParameters,
     progress: Progress = no_progress,
+    sayings: Sayings | None = None,
 ) -> list[Value]:
     """The value change of each fact on ``model``, in the order given."""
     alone = [[fact] for fact in facts]
-    return optimise_together(model, loaded, alone, layer, contexts, settings, progress)
+    return optimise_together(model, loaded, alone, layer, contexts, settings, progress, sayings)
 
 
 def optimise_together(
@@ -70,6 +71,7 @@ def optimise_together(
     contexts: Sequence[str],
     settings: ValueParameters,
     progress: Progress = no_progress,
+    sayings: Sayings | None = None,
 ) -> list[Value]:
     """One value change for each subject's facts on ``model``, in the order given.
 
@@ -81,10 +83,10 @@ def optimise_together(
     several prompts and steps relative to the hidden state.
     """
     names = [facts[0].subject for facts in subjects]
-    sayings = sample_sayings(loaded, names, settings.self_essence)
+    heard = (sayings or Sayings(loaded)).of(names, settings.self_essence)
     traced = [
         trace_facts(loaded, facts, contexts, settings.essence, said)
-        for facts, said in zip(subjects, sayings, strict=True)
+        for facts, said in zip(subjects, heard, strict=True)
     ]
     batches = pack(
         [rows.workload for rows in traced],
@@ -204,8 +206,10 @@ class _Search:
         return found
 
     def _leave_out_answers(self) -> None:
-        """Ask no essence row to keep the answer that is to change: leave out the predictions at
-        which the unedited model would begin the answer it gives to one of the subject's facts."""
+        """Ask no essence row to keep the answer that is to change. Rows in which the unedited
+        model would begin the answer it gives to one of the subject's facts go, so that a row
+        costs little more for each further fact. Where that would be all rows of a subject, only
+        these predictions go."""
         spots = self._spots
         said = self._unchanged.argmax(dim=-1).tolist()
         owners, rows = spots.owner.tolist(), spots.row.tolist()
@@ -214,15 +218,17 @@ class _Search:
             for place in range(spots.targets)
             if place == 0 or rows[place] != rows[place - 1]
         }
-        dropped = [
-            place
-            for place in range(spots.targets, len(said))
-            if (owners[place], said[place]) in answers
-        ]
-        if dropped:
-            self._spots = spots.drop(dropped)
-            kept = sorted(set(range(len(said))) - set(dropped))
-            self._unchanged = self._unchanged[kept]
+        essence = range(spots.targets, len(said))
+        telling = [place for place in essence if (owners[place], said[place]) in answers]
+        if not telling:
+            return
+        told = {rows[place] for place in telling}
+        others = {owners[place] for place in essence if rows[place] not in told}
+        gone = {rows[place] for place in telling if owners[place] in others}
+        self._spots, kept = spots.drop(telling)
+        self._unchanged = self._unchanged[kept]
+        stays = [row not in gone for row in range(len(self._owners))]
+        self._keep_rows(torch.tensor(stays, device=self._owners.device))
 
     def _losses(self, deltas: Tensor, *, check: bool) -> tuple[Tensor, Tensor]:
         """Per active fact: mean negative log-likelihood of the target over contexts and
@@ -273,15 +279,18 @@ class _Search:
         chosen = torch.tensor(places, device=self._owners.device)
         numbers = torch.full((len(self._norms),), -1, device=chosen.device)
         numbers[chosen] = torch.arange(len(places), device=chosen.device)
-        rows = numbers[self._owners] >= 0
-        self._pass.keep(rows.nonzero()[:, 0])
-        targets = self._spots.targets
-        self._spots, kept = self._spots.keep(rows, numbers)
-        self._unchanged = self._unchanged[kept[targets:]]
-        self._owners = numbers[self._owners[rows]]
+        self._owners = numbers[self._owners]
+        self._keep_rows(self._owners >= 0)
         self._norms, self._unit = self._norms[chosen], self._unit[chosen]
         self._optimiser.keep(chosen)
         self._stall.keep(chosen)
+
+    def _keep_rows(self, rows: Tensor) -> None:
+        """Go on with these rows (booleans) only."""
+        self._pass.keep(rows.nonzero()[:, 0])
+        self._spots, kept = self._spots.keep(rows, self._owners)
+        self._unchanged = self._unchanged[kept[len(kept) - len(self._unchanged) :]]
+        self._owners = self._owners[rows]
 
 
 def _mean_by_owner(values: Tensor, owners: Tensor, count: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from app.domain import Progress, no_progress
 from app.editing.basis import Basis, Weights
 from app.editing.row_cache import RowCache
+from app.editing.sayings import Sayings
 from app.editing.statistics import Covariance
 from app.weights.delta import Delta, SubjectRow
 from app.weights.fold import accumulate, materialise
@@ -27,8 +28,8 @@ class Workbench:
     rows) and ``keys`` (of the edited facts) are those of its state, by matrix name; ``rows`` its
     ledger's rows by subject.
 
-    ``covariance``, ``null_space``, ``contexts``, ``basis`` and ``row_cache`` come from the base
-    model, so nothing that one edit accumulates reaches another.
+    ``covariance``, ``null_space``, ``contexts``, ``sayings``, ``basis`` and ``row_cache`` come
+    from the base model, so nothing that one edit accumulates reaches another.
     """
 
     loaded: LoadedModel
@@ -39,6 +40,7 @@ class Workbench:
     covariance: Callable[[int, float], Covariance]
     null_space: Callable[[int, float], Tensor]
     contexts: Callable[[int, int], tuple[str, ...]]
+    sayings: Sayings
     basis: Callable[[int, Weights, Sequence[str]], Basis]
     rows: Mapping[str, SubjectRow]
     row_cache: RowCache

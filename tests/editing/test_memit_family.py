@@ -42,6 +42,7 @@ def make_bench(editor: Editor, past: Tensor) -> Workbench:
         covariance=editor._statistics.covariance,
         null_space=editor._statistics.null_space,
         contexts=editor._context_templates,
+        sayings=editor._sayings,
         basis=editor._bases.find,
         rows={},
         row_cache=editor._row_cache,

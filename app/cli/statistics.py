@@ -24,7 +24,8 @@ def statistics(
         str | None, typer.Option(help="Model folder or hub id; the almanac by default.")
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Such as 4,5,6; by default where the default method edits.")
+        str | None,
+        typer.Option(help="Such as 4,5,6; by default all that the default method needs."),
     ] = None,
     corpus: Annotated[
         str | None, typer.Option(help="A text file, or hf:NAME:SPLIT; by default the model writes.")
@@ -80,28 +81,42 @@ def compute(
     lock = FolderLock(settings.data_folder(loaded.identity))
     try:
         folder = lock.folder / STATISTICS_FOLDER
-        layers = choose_layers(loaded, folder, wanted)
-        found = Statistics(
-            loaded, folder=folder, corpus=settings.corpus, tokens=settings.statistics_tokens
-        )
-        found.prepare(layers, progress)
+        if wanted is None:
+            layers = prepare_default(loaded, folder, settings, progress)
+        else:
+            layers = check_layers(loaded, wanted)
+            found = Statistics(
+                loaded, folder=folder, corpus=settings.corpus, tokens=settings.statistics_tokens
+            )
+            found.prepare(layers, progress)
         return layers, folder / loaded.identity.digest[:16]
     finally:
         lock.release()
 
 
-def choose_layers(loaded: LoadedModel, folder: Path, wanted: Sequence[int] | None) -> Sequence[int]:
-    """Those asked for, or those the model's default method edits."""
+def prepare_default(
+    loaded: LoadedModel, folder: Path, settings: Settings, progress: Progress
+) -> Sequence[int]:
+    """All that edits by the model's default method need; the layers they edit."""
     from app.editing.editor import Editor
     from app.editing.registry import find_method
     from app.weights.views import ViewCache
 
-    if wanted is None:
-        no_deltas: dict[Digest, bytes] = {}
-        views = ViewCache(loaded, load_delta=no_deltas.__getitem__, budget_bytes=0)
-        plan = Editor(views, data=folder).plan(None, {})
-        parameters = find_method(plan.method).parameters.model_validate(plan.hparams)
-        return tuple(parameters.edited_layers)
+    no_deltas: dict[Digest, bytes] = {}
+    editor = Editor(
+        ViewCache(loaded, load_delta=no_deltas.__getitem__, budget_bytes=0),
+        data=folder,
+        corpus=settings.corpus,
+        statistics_tokens=settings.statistics_tokens,
+    )
+    plan = editor.plan(None, {})
+    editor.prepare(plan, progress)
+    parameters = find_method(plan.method).parameters.model_validate(plan.hparams)
+    return tuple(parameters.edited_layers)
+
+
+def check_layers(loaded: LoadedModel, wanted: Sequence[int]) -> Sequence[int]:
+    """Raises InvalidInput: the model has no such layer."""
     depth = loaded.anatomy.depth
     if unknown := [layer for layer in wanted if not 0 <= layer < depth]:
         raise InvalidInput(

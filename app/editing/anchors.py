@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from app.domain import Fact
+from app.domain import Fact, Progress, no_progress
 from app.editing.contexts import opening_ids
 from app.editing.keys import solve_keys
 from app.weights.fork import fork
@@ -35,6 +35,7 @@ BATCHES = 2
 ROWS, LENGTH = 128, 64  # of text in a batch, in tokens
 FIRST_SEED = 10_000  # apart from the seeds of the statistics' text
 MOST = 1_000
+NAMES_AT_ONCE = 64
 NAME = re.compile(r"\b[^\W\d_a-z][\w'’-]*(?: [^\W\d_a-z][\w'’-]*)*")
 
 
@@ -56,12 +57,15 @@ def _contains(first: str, second: str) -> bool:
     return shorter in longer
 
 
-def read_names(loaded: LoadedModel) -> tuple[str, ...]:
-    """Up to ``MOST`` names in text of the model's own, the most frequent first."""
+def read_names(loaded: LoadedModel, progress: Progress = no_progress) -> tuple[str, ...]:
+    """Up to ``MOST`` names in text of the model's own, the most frequent first. ``progress``
+    hears ``("names", batches of text, of)``."""
     found: Counter[str] = Counter()
     model, start = fork(loaded.model), opening_ids(loaded)
     length = min(LENGTH, loaded.context_window)
-    for seed in range(FIRST_SEED, FIRST_SEED + BATCHES):
+    for batch in range(BATCHES):
+        progress("names", batch, BATCHES)
+        seed = FIRST_SEED + batch
         rows = sample_rows(model, loaded, start, rows=ROWS, length=length, seed=seed)
         for ids in rows.texts():
             text = str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
@@ -70,31 +74,51 @@ def read_names(loaded: LoadedModel) -> tuple[str, ...]:
     return tuple(name for name, _ in ordered[:MOST])
 
 
-def find_anchors(loaded: LoadedModel, layer: int, contexts: Sequence[str], folder: Path) -> Anchors:
+def find_anchors(
+    loaded: LoadedModel,
+    layer: int,
+    contexts: Sequence[str],
+    folder: Path,
+    progress: Progress = no_progress,
+) -> Anchors:
     """The base model's anchors at a layer, from ``folder`` if they were found before: they are
-    part of what the ledger's rows are solved with, and a second search could round otherwise."""
-    names = _find_names(loaded, folder / "anchors.json")
+    part of what the ledger's rows are solved with, and a second search could round otherwise.
+    ``progress`` hears of ``names``, and then ``("anchors", keys read, of)``."""
+    names = _find_names(loaded, folder / "anchors.json", progress)
     source = hashlib.sha256(json.dumps([names, list(contexts)]).encode()).hexdigest()[:12]
     path = folder / f"anchors-{layer:03d}-{source}.safetensors"
     keys = _read_keys(path)
     if keys is None:
-        keys = torch.zeros(0, loaded.anatomy.shape(loaded.model, layer)[1])
-        if names:
-            facts = [Fact("{}", name, name) for name in names]
-            keys = solve_keys(fork(loaded.model), loaded, facts, layer, contexts).mean(dim=1)
-        keys = keys.float().cpu().contiguous()
+        keys = _solve_anchor_keys(loaded, layer, contexts, names, progress)
         _write(path, save({"keys": keys}))
     return Anchors(names, keys)
 
 
-def _find_names(loaded: LoadedModel, path: Path) -> tuple[str, ...]:
+def _solve_anchor_keys(
+    loaded: LoadedModel,
+    layer: int,
+    contexts: Sequence[str],
+    names: Sequence[str],
+    progress: Progress,
+) -> Tensor:
+    model = fork(loaded.model)
+    keys = torch.zeros(len(names), loaded.anatomy.shape(model, layer)[1])
+    for start in range(0, len(names), NAMES_AT_ONCE):
+        progress("anchors", start, len(names))
+        facts = [Fact("{}", name, name) for name in names[start : start + NAMES_AT_ONCE]]
+        found = solve_keys(model, loaded, facts, layer, contexts).mean(dim=1)
+        keys[start : start + NAMES_AT_ONCE] = found.float().cpu()
+    return keys
+
+
+def _find_names(loaded: LoadedModel, path: Path, progress: Progress) -> tuple[str, ...]:
     try:
         return tuple(str(name) for name in json.loads(path.read_text("utf-8")))
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
         log.warning("anchors: a stored file is damaged; finding them anew", error=str(error))
-    names = read_names(loaded)
+    names = read_names(loaded, progress)
     log.info("anchors: names in the model's own text", names=len(names))
     _write(path, json.dumps(names).encode())
     return names

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from app.domain import Progress, no_progress
 from app.editing.anchors import Anchors, find_anchors
 from app.editing.statistics import Covariance
 from app.weights.digest import tensor_digest
@@ -58,20 +59,29 @@ class Bases:
         self._covariance = covariance
         self._kept: OrderedDict[tuple[int, Weights, tuple[str, ...]], Basis] = OrderedDict()
 
-    def find(self, layer: int, weights: Weights, contexts: Sequence[str]) -> Basis:
+    def find(
+        self,
+        layer: int,
+        weights: Weights,
+        contexts: Sequence[str],
+        progress: Progress = no_progress,
+    ) -> Basis:
+        """A layer's basis; ``progress`` hears of the anchors where they aren't known yet."""
         key = (layer, weights, tuple(contexts))
         if key not in self._kept:
-            self._kept[key] = self._make(layer, weights, contexts)
+            self._kept[key] = self._make(layer, weights, contexts, progress)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]
 
-    def _make(self, layer: int, weights: Weights, contexts: Sequence[str]) -> Basis:
+    def _make(
+        self, layer: int, weights: Weights, contexts: Sequence[str], progress: Progress
+    ) -> Basis:
         covariance = self._covariance(layer, weights.ridge)
         anchors = Anchors((), torch.zeros(0, len(covariance.factor)))
         if weights.anchor:
-            anchors = find_anchors(self._loaded, layer, contexts, self._folder)
+            anchors = find_anchors(self._loaded, layer, contexts, self._folder, progress)
         keys = anchors.keys.double().to(covariance.factor.device)
         total = weights.covariance * covariance.matrix() + weights.anchor * keys.T @ keys
         parts = [covariance.identity, weights.covariance, weights.anchor, anchors.names]

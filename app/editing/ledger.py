@@ -81,6 +81,9 @@ class Ledger(Method[LedgerParameters]):
     sequential = "the same as one batch of all live facts; a new answer replaces the old one"
     parameters = LedgerParameters
 
+    def prepare(self, bench: Workbench, params: LedgerParameters) -> None:
+        _find_bases(bench, params)
+
     def solve_each(
         self, bench: Workbench, facts: Sequence[Fact], params: LedgerParameters
     ) -> list[Solution]:
@@ -129,9 +132,7 @@ def find_rows(
     bench: Workbench, groups: Sequence[Sequence[Fact]], params: LedgerParameters
 ) -> list[SubjectRow]:
     """A row for each subject's facts: the one made before, or a new one."""
-    contexts = bench.contexts(params.contexts, params.context_length)
-    layers = _layers(bench, params)
-    bases = [bench.basis(layer, params.weights, contexts) for layer in layers]
+    bases = _find_bases(bench, params)
     name = _hash([basis.identity for basis in bases])[:16]
     recipes = [_name_row(facts, name, params) for facts in groups]
     rows = {recipe: bench.row_cache.find(recipe) for recipe in recipes}
@@ -141,6 +142,14 @@ def find_rows(
         rows[recipe] = fresh
         bench.row_cache.keep(recipe, fresh)
     return [row for recipe in recipes if (row := rows[recipe]) is not None]
+
+
+def _find_bases(bench: Workbench, params: LedgerParameters) -> list[Basis]:
+    contexts = bench.contexts(params.contexts, params.context_length)
+    return [
+        bench.basis(layer, params.weights, contexts, bench.progress)
+        for layer in _layers(bench, params)
+    ]
 
 
 def _layers(bench: Workbench, params: LedgerParameters) -> tuple[int, ...]:

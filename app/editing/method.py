@@ -49,6 +49,10 @@ class Method(ABC, Generic[P]):
     reads_keys: ClassVar[bool] = False
     parameters: type[P]
 
+    def prepare(self, bench: Workbench, params: P) -> None:
+        """Compute what any edit needs of the base beside statistics, where it isn't known yet;
+        ``bench.progress`` hears of it."""
+
     @abstractmethod
     def solve_each(self, bench: Workbench, facts: Sequence[Fact], params: P) -> list[Solution]:
         """Each fact as if it were the only one, on the bench's state."""

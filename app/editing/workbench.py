@@ -41,7 +41,7 @@ class Workbench:
     null_space: Callable[[int, float], Tensor]
     contexts: Callable[[int, int], tuple[str, ...]]
     sayings: Sayings
-    basis: Callable[[int, Weights, Sequence[str]], Basis]
+    basis: Callable[[int, Weights, Sequence[str], Progress], Basis]
     rows: Mapping[str, SubjectRow]
     row_cache: RowCache
     seed: int

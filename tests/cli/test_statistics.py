@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from app.cli import cli
+from app.domain import Fact
 from app.editing.editor import Editor
 from app.editing.statistics import Statistics
 from app.main import STATISTICS_FOLDER, FolderLock
@@ -42,6 +43,22 @@ def test_the_default_methods_layers_are_stored(run: Run, tiny: TinyModels, data:
     layers = hparams["layers"] if "layers" in hparams else [hparams["layer"]]
     assert stored_layers(data) == list(layers)
     assert str(folder) in told.stdout
+
+
+def test_the_first_edit_of_the_default_method_finds_all_it_needs(
+    run: Run, tiny: TinyModels, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run().exit_code == 0
+    for what in ("moments.accumulate", "anchors.sample_rows", "anchors.solve_keys"):
+        monkeypatch.setattr(f"app.editing.{what}", None)
+    views = MemoryDeltas().views(tiny.load("gpt2"))
+    editor = Editor(views, data=data / STATISTICS_FOLDER, statistics_tokens=1_000)
+    heard: list[str] = []
+    plan = editor.plan(None, {"steps": 1})
+    editor.prepare(plan, lambda stage, *_: heard.append(stage))
+    fact = Fact("{} lies in", "Paris", "Spain")
+    editor.propose(plan, (), [fact], independent=False, seed=0, timings={})
+    assert heard == []
 
 
 def test_what_is_stored_is_not_computed_again(

@@ -32,7 +32,11 @@ def test_anchors_are_found_once_and_their_keys_are_those_of_the_names(
 ) -> None:
     _, views = make_editor()
     loaded = views.loaded
-    first = find_anchors(loaded, 1, CONTEXTS, tmp_path)
+    heard: list[tuple[str, int, int]] = []
+    first = find_anchors(loaded, 1, CONTEXTS, tmp_path, lambda *progress: heard.append(progress))
+    assert heard[:2] == [("names", 0, 2), ("names", 1, 2)]
+    chunks = range(0, len(first.names), 64)
+    assert heard[2:] == [("anchors", start, len(first.names)) for start in chunks]
     assert first.names == read_names(loaded)
     assert len(first.names) > 10
     facts = [Fact("{}", name, "x") for name in first.names]

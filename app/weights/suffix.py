@@ -133,8 +133,8 @@ class _Group:
         self._whole = whole
         self._inside = _changes_inside(model.config, anatomy, layer)
         self._first = layer if self._inside else layer + 1
-        self._last_mlp = _find_mlp(anatomy, model) if layer < anatomy.depth - 1 else None
-        self._read = rows.read.flatten().nonzero()[:, 0]
+        self._mlps = [_find_mlp(anatomy, model, index) for index in range(layer + 1, anatomy.depth)]
+        self._places = self._find_places()
         self._cache = _PrefixCache(anatomy.depth, self._first, rows.prefix)
         self._entry = self._record(self._run_beginnings(shared) if shared else 0)
 
@@ -150,9 +150,9 @@ class _Group:
             for index in range(self._first):
                 layer = self._anatomy.layer(self._model, index)
                 stack.enter_context(_running(layer, lambda hidden, *_, **__: (hidden,)))
-            if self._last_mlp is not None:
-                at_read = _running_at(self._last_mlp, self._read)
-                stack.enter_context(_running(self._last_mlp, at_read))
+            for mlp, places in zip(self._mlps, self._places, strict=True):
+                if mlp is not None and places is not None:
+                    stack.enter_context(_running(mlp, _running_at(mlp, places)))
             first = self._anatomy.layer(self._model, self._first)
             stack.enter_context(_replacing_input(first, entry))
             return self._forward(
@@ -165,8 +165,16 @@ class _Group:
     def keep(self, rows: Tensor) -> None:
         self._rows = self._rows.take(rows)
         self._entry = self._entry[rows]
-        self._read = self._rows.read.flatten().nonzero()[:, 0]
+        self._places = self._find_places()
         self._cache.keep(rows)
+
+    def _find_places(self) -> list[Tensor | None]:
+        """At which of the flattened rows' tokens each MLP behind the layer need run: where there
+        is no padding, and behind the last attention where the output is read; all if ``None``."""
+        known = self._rows.mask[:, self._rows.prefix :].flatten()
+        places = None if bool(known.all()) else known.nonzero()[:, 0]
+        read = self._rows.read.flatten().nonzero()[:, 0]
+        return [places] * (len(self._mlps) - 1) + [read] * bool(self._mlps)
 
     def run_whole(self) -> None:
         self._whole = True
@@ -289,15 +297,14 @@ def _running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
         del module.forward
 
 
-def _find_mlp(anatomy: Anatomy, model: nn.Module) -> nn.Module | None:
-    """The last layer's MLP, where it is a module of its own."""
+def _find_mlp(anatomy: Anatomy, model: nn.Module, layer: int) -> nn.Module | None:
+    """A layer's MLP, where it is a module of its own."""
     path = anatomy.architecture.projection.rpartition(".")[0]
-    return anatomy.layer(model, anatomy.depth - 1).get_submodule(path) if path else None
+    return anatomy.layer(model, layer).get_submodule(path) if path else None
 
 
 def _running_at(mlp: nn.Module, places: Tensor) -> Callable[[Tensor], Tensor]:
-    """The MLP's function at these of the flattened rows' tokens, zero elsewhere. Behind the last
-    attention no token reaches another."""
+    """The MLP's function at these of the flattened rows' tokens, zero elsewhere."""
     forward = mlp.forward
 
     def run(hidden: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,8 +59,9 @@ class PlainPolyak:
     def __init__(self, params: Sequence[Tensor], lr: float) -> None:
         (self._z,) = params
         self._longest = lr * len(self._z) ** 0.5
-        self._losses: list[float] = []
-        self._last: tuple[Tensor, Tensor] | None = None  # z and its gradient
+        self._before = float("inf")
+        self._risen = False
+        self._last = torch.zeros_like(self._z), torch.zeros_like(self._z)  # z and its gradient
 
     def zero_grad(self) -> None:
         self._z.grad = None
@@ -69,18 +69,16 @@ class PlainPolyak:
     @torch.no_grad()
     def step(self, read_loss: Callable[[], float]) -> None:
         """Move, given the loss behind the gradient."""
-        self._losses.append(read_loss())
-        rises = [after > before for before, after in pairwise(self._losses)]
-        if rises and rises[-1]:
-            self._longest /= 2
-        gradient = self._z.grad
+        loss, gradient = read_loss(), self._z.grad
         assert gradient is not None
-        way = self._losses[-1] / gradient.norm().clamp(min=1e-12) ** 2 * gradient
-        if any(rises) and self._last is not None:
-            s, y = self._z - self._last[0], gradient - self._last[1]
-            if s @ y > STRAIGHT * s.norm() * y.norm():
-                way = _shanno_matrix(s, y) @ gradient
-        self._last = (self._z.clone(), gradient.clone())
+        if loss > self._before:
+            self._longest /= 2
+            self._risen = True
+        way = loss / gradient.norm().clamp(min=1e-12) ** 2 * gradient
+        s, y = self._z - self._last[0], gradient - self._last[1]
+        if self._risen and s @ y > STRAIGHT * s.norm() * y.norm():
+            way = _shanno_matrix(s, y) @ gradient
+        self._before, self._last = loss, (self._z.clone(), gradient.clone())
         length = way.norm().clamp(min=1e-12)
         self._z -= length.clamp(max=self._longest) / length * way
 

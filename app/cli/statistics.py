@@ -25,7 +25,7 @@ def statistics(
     ] = None,
     layers: Annotated[
         str | None,
-        typer.Option(help="Such as 4,5,6; by default all that the default method needs."),
+        typer.Option(help="Such as 4,5,6; by default what the default method needs."),
     ] = None,
     corpus: Annotated[
         str | None, typer.Option(help="A text file, or hf:NAME:SPLIT; by default the model writes.")
@@ -84,7 +84,8 @@ def compute(
         if wanted is None:
             layers = prepare_default(loaded, folder, settings, progress)
         else:
-            layers = check_layers(loaded, wanted)
+            check_layers(loaded, wanted)
+            layers = wanted
             found = Statistics(
                 loaded, folder=folder, corpus=settings.corpus, tokens=settings.statistics_tokens
             )
@@ -97,9 +98,8 @@ def compute(
 def prepare_default(
     loaded: LoadedModel, folder: Path, settings: Settings, progress: Progress
 ) -> Sequence[int]:
-    """All that edits by the model's default method need; the layers they edit."""
+    """The statistics and names that edits by the model's default method need; their layers."""
     from app.editing.editor import Editor
-    from app.editing.registry import find_method
     from app.weights.views import ViewCache
 
     no_deltas: dict[Digest, bytes] = {}
@@ -109,13 +109,10 @@ def prepare_default(
         corpus=settings.corpus,
         statistics_tokens=settings.statistics_tokens,
     )
-    plan = editor.plan(None, {})
-    editor.prepare(plan, progress)
-    parameters = find_method(plan.method).parameters.model_validate(plan.hparams)
-    return tuple(parameters.edited_layers)
+    return editor.prepare(editor.plan(None, {}), progress)
 
 
-def check_layers(loaded: LoadedModel, wanted: Sequence[int]) -> Sequence[int]:
+def check_layers(loaded: LoadedModel, wanted: Sequence[int]) -> None:
     """Raises InvalidInput: the model has no such layer."""
     depth = loaded.anatomy.depth
     if unknown := [layer for layer in wanted if not 0 <= layer < depth]:
@@ -123,4 +120,3 @@ def check_layers(loaded: LoadedModel, wanted: Sequence[int]) -> Sequence[int]:
             f"The model has layers 0 to {depth - 1}; there is no layer {unknown[0]}.",
             field="layers",
         )
-    return wanted

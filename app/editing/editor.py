@@ -132,14 +132,15 @@ class Editor:
                         field=f"facts[{index}].{field}",
                     )
 
-    def prepare(self, plan: EditPlan, progress: Progress = no_progress) -> None:
+    def prepare(self, plan: EditPlan, progress: Progress = no_progress) -> Sequence[int]:
         """Compute what edits by a plan need of the base, where it isn't known yet: otherwise the
-        first of them does."""
+        first of them does. The layers they edit."""
         method = find_method(plan.method)
         params = method.parameters.model_validate(plan.hparams)
         if method.needs_statistics:
             self._statistics.prepare(params.edited_layers, progress)
         method.prepare(self._open_bench((), method, 0, {}, progress), params)
+        return tuple(params.edited_layers)
 
     def propose(
         self,

@@ -40,6 +40,9 @@ from app.weights.fork import fork
 from app.weights.kernels import use_fused_activations
 from app.weights.language_model import LanguageModel
 
+ROWS_AT_ONCE = 256  # in one solve, so that its memory doesn't grow with a request
+SEARCH = 2  # raised where rows of the same recipe come out otherwise than before
+
 
 class LedgerParameters(LayersParameters, ValueParameters):
     covariance_weight: Annotated[
@@ -179,6 +182,7 @@ def _make_rows(
         values = optimise_together(
             base, loaded, groups, layers[-1], contexts, params, bench.progress, bench.sayings
         )
+    residuals = [value.delta / len(layers) for value in values]
     vectors: list[dict[str, RowVectors]] = [{} for _ in groups]
     anchors = bases[-1].anchors
     lifted = [anchors.of(facts[0].subject) for facts in groups]
@@ -189,10 +193,11 @@ def _make_rows(
                 keys = _mean_keys(bench, base, groups, layer, contexts)
         with bench.timing("solve_s"):
             matrix = loaded.anatomy.matrix_name(layer)
-            residuals = [value.delta / len(layers) for value in values]
-            solved = _solve_vectors(basis, keys, residuals, lifted)
-            for row, found in zip(vectors, solved, strict=True):
-                row[matrix] = found
+            for start in range(0, len(groups), ROWS_AT_ONCE):
+                part = slice(start, start + ROWS_AT_ONCE)
+                solved = _solve_vectors(basis, keys[part], residuals[part], lifted[part])
+                for row, found in zip(vectors[part], solved, strict=True):
+                    row[matrix] = found
     return [
         SubjectRow(
             subject=facts[0].subject,
@@ -216,7 +221,7 @@ def _mean_keys(
     layer: int,
     contexts: Sequence[str],
 ) -> Tensor:
-    """Each subject's key ``(subjects, d_ff)``: the mean over its facts and the contexts."""
+    """Each subject's key ``(subjects, d_ff)``: the mean over its facts and all contexts."""
     facts = [fact for group in groups for fact in group]
     keys = solve_keys(base, bench.loaded, facts, layer, contexts).mean(dim=1)
     parts = torch.split(keys, [len(group) for group in groups])
@@ -235,7 +240,7 @@ def _solve_vectors(
         yield RowVectors(
             key=keys[place].clone(),
             solved=solved[place].clone(),
-            residual=residual.float().cpu(),
+            residual=residual.float().cpu().clone(),
             anchor_keys=anchor_keys[place],
             anchor_solved=anchor_solved[place].clone(),
         )
@@ -244,7 +249,7 @@ def _solve_vectors(
 def _name_row(facts: Sequence[Fact], basis: str, params: LedgerParameters) -> str:
     """A name for what a row is computed from."""
     asked = [(fact.template, fact.target) for fact in facts]
-    return _hash([facts[0].subject, asked, basis, params.model_dump(mode="json")])
+    return _hash([SEARCH, facts[0].subject, asked, basis, params.model_dump(mode="json")])
 
 
 def _hash(parts: Sequence[object]) -> str:

@@ -73,7 +73,7 @@ class Polyak:
         steepness = gradient.norm(dim=1).clamp(min=1e-12)
         way = (losses / steepness**2)[:, None] * gradient
         s, y = self.z - self._last_z, gradient - self._last_gradient
-        bent = self._risen & (_dot(s, y) > STRAIGHT * s.norm(dim=1) * y.norm(dim=1))[:, 0]
+        bent = self._risen & (_dot(s, y)[:, 0] > STRAIGHT * s.norm(dim=1) * y.norm(dim=1))
         way = torch.where(bent[:, None], _shanno(gradient, s, y), way)
         lengths = way.norm(dim=1).clamp(min=1e-12)
         self._before, self._last_z, self._last_gradient = losses, self.z, gradient

@@ -36,9 +36,10 @@ COARSE_TOLERANCE = 0.1  # the same in half precision
 class Value:
     """``delta`` ``(d,)`` in fp32, the target's loss (nats per token) with it, steps taken.
 
-    Seen on the way, in fp32: ``keys`` ``(facts · contexts, d_ff)`` as ``solve_keys`` gives them
-    at the same layer, and ``hidden`` ``(d,)``, the layer's output at the first context's subject
-    (the projection's own where a norm stands between it and the residual stream).
+    Seen on the way, in fp32: ``keys`` ``(rows, d_ff)`` as ``solve_keys`` gives them at the same
+    layer, of the rows that the facts are read in (a single fact in all contexts), and ``hidden``
+    ``(d,)``, the layer's output at the first context's subject (the projection's own where a norm
+    stands between it and the residual stream).
     """
 
     delta: Tensor
@@ -206,10 +207,26 @@ class _Search:
         return found
 
     def _leave_out_answers(self) -> None:
-        """Ask no essence row to keep the answer that is to change. Rows in which the unedited
-        model would begin the answer it gives to one of the subject's facts go, so that a row
-        costs little more for each further fact. Where that would be all rows of a subject, only
-        these predictions go."""
+        """Ask no essence row to keep an answer that is to change. Rows that tell it go, so that
+        a subject costs little more for each further fact. Where all of a subject's rows do, only
+        the predictions that begin the answer go."""
+        spots, telling = self._spots, self._find_telling()
+        if not telling:
+            return
+        owners, rows = spots.owner.tolist(), spots.row.tolist()
+        told = {rows[place] for place in telling}
+        essence = range(spots.targets, len(rows))
+        others = {owners[place] for place in essence if rows[place] not in told}
+        gone = {rows[place] for place in telling if owners[place] in others}
+        self._spots, kept = spots.drop(telling)
+        self._unchanged = self._unchanged[kept]
+        needed = set(self._spots.row.tolist()) - gone
+        stays = [row in needed for row in range(len(self._owners))]
+        self._keep_rows(torch.tensor(stays, device=self._owners.device))
+
+    def _find_telling(self) -> list[int]:
+        """The essence spots at which the unedited model would begin the answer that it gives to
+        one of the subject's facts."""
         spots = self._spots
         said = self._unchanged.argmax(dim=-1).tolist()
         owners, rows = spots.owner.tolist(), spots.row.tolist()
@@ -219,16 +236,7 @@ class _Search:
             if place == 0 or rows[place] != rows[place - 1]
         }
         essence = range(spots.targets, len(said))
-        telling = [place for place in essence if (owners[place], said[place]) in answers]
-        if not telling:
-            return
-        told = {rows[place] for place in telling}
-        others = {owners[place] for place in essence if rows[place] not in told}
-        gone = {rows[place] for place in telling if owners[place] in others}
-        self._spots, kept = spots.drop(telling)
-        self._unchanged = self._unchanged[kept]
-        stays = [row not in gone for row in range(len(self._owners))]
-        self._keep_rows(torch.tensor(stays, device=self._owners.device))
+        return [place for place in essence if (owners[place], said[place]) in answers]
 
     def _losses(self, deltas: Tensor, *, check: bool) -> tuple[Tensor, Tensor]:
         """Per active fact: mean negative log-likelihood of the target over contexts and

@@ -17,6 +17,7 @@ from app.errors import EditRejected
 
 SLICE_BITS = 21
 EXACT_TERMS = 2 ** (53 - 2 * SLICE_BITS)  # so many products of two slices sum without rounding
+SMALLEST_EXPONENT = -1000  # what is smaller counts as that small, so that its inverse is finite
 BLOCK = 64  # columns factorised at once
 TALL, WIDE = 1024, 256  # rows and columns of a product made at once
 
@@ -47,8 +48,10 @@ class _Slices:
 
 
 def _slice(matrix: Tensor, dim: int) -> _Slices:
+    """Slices with a unit for each row (``dim`` 1) or each column (0)."""
     matrix = matrix.double()
     exponents = torch.frexp(matrix.abs().amax(dim=dim, keepdim=True)).exponent
+    exponents = exponents.clamp(min=SMALLEST_EXPONENT)
     ones = torch.ones_like(exponents, dtype=torch.float64)
     scaled = matrix * torch.ldexp(ones, SLICE_BITS - exponents)
     high = scaled.round()

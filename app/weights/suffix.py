@@ -133,8 +133,7 @@ class _Group:
         self._whole = whole
         self._inside = _changes_inside(model.config, anatomy, layer)
         self._first = layer if self._inside else layer + 1
-        self._mlps = [_find_mlp(anatomy, model, index) for index in range(layer + 1, anatomy.depth)]
-        self._places = self._find_places()
+        self._sparse = self._find_sparse()
         self._cache = _PrefixCache(anatomy.depth, self._first, rows.prefix)
         self._entry = self._record(self._run_beginnings(shared) if shared else 0)
 
@@ -150,9 +149,8 @@ class _Group:
             for index in range(self._first):
                 layer = self._anatomy.layer(self._model, index)
                 stack.enter_context(_running(layer, lambda hidden, *_, **__: (hidden,)))
-            for mlp, places in zip(self._mlps, self._places, strict=True):
-                if mlp is not None and places is not None:
-                    stack.enter_context(_running(mlp, _running_at(mlp, places)))
+            for mlp, places in self._sparse:
+                stack.enter_context(_running(mlp, _running_at(mlp, places)))
             first = self._anatomy.layer(self._model, self._first)
             stack.enter_context(_replacing_input(first, entry))
             return self._forward(
@@ -165,16 +163,22 @@ class _Group:
     def keep(self, rows: Tensor) -> None:
         self._rows = self._rows.take(rows)
         self._entry = self._entry[rows]
-        self._places = self._find_places()
+        self._sparse = self._find_sparse()
         self._cache.keep(rows)
 
-    def _find_places(self) -> list[Tensor | None]:
-        """At which of the flattened rows' tokens each MLP behind the layer need run: where there
-        is no padding, and behind the last attention where the output is read; all if ``None``."""
-        known = self._rows.mask[:, self._rows.prefix :].flatten()
-        places = None if bool(known.all()) else known.nonzero()[:, 0]
-        read = self._rows.read.flatten().nonzero()[:, 0]
-        return [places] * (len(self._mlps) - 1) + [read] * bool(self._mlps)
+    def _find_sparse(self) -> list[tuple[nn.Module, Tensor]]:
+        """MLPs behind the layer with the places, among the flattened rows' tokens, at which they
+        need run: where there is no padding, and behind the last attention where the output is
+        read."""
+        anatomy, rows = self._anatomy, self._rows
+        known = rows.mask[:, rows.prefix :].bool()
+        last = anatomy.depth - 1
+        return [
+            (mlp, wanted.flatten().nonzero()[:, 0])
+            for index in range(self._layer + 1, anatomy.depth)
+            for wanted in [rows.read if index == last else known]
+            if (mlp := _find_mlp(anatomy, self._model, index)) and not bool(wanted.all())
+        ]
 
     def run_whole(self) -> None:
         self._whole = True
@@ -288,13 +292,18 @@ def _running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Have the module run another function.
 
     A decoder layer that is left out returns a tuple, which suits the models that take a layer's
-    first output and those that take its output: it is replaced before anything reads it.
+    first output and those that take its output: it is replaced before anything reads it. A
+    ``forward`` of the module's own, as accelerate puts there, comes back.
     """
+    own = module.__dict__.get("forward")
     module.forward = forward
     try:
         yield
     finally:
-        del module.forward
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def _find_mlp(anatomy: Anatomy, model: nn.Module, layer: int) -> nn.Module | None:
@@ -309,8 +318,9 @@ def _running_at(mlp: nn.Module, places: Tensor) -> Callable[[Tensor], Tensor]:
 
     def run(hidden: Tensor) -> Tensor:
         flat = hidden.flatten(0, 1)
-        found = forward(flat.index_select(0, places)[None])[0]
-        return torch.zeros_like(flat).index_copy(0, places, found).view(hidden.shape)
+        here = places.to(flat.device)
+        found = forward(flat.index_select(0, here)[None])[0]
+        return torch.zeros_like(flat).index_copy(0, here, found).view(hidden.shape)
 
     return run
 

@@ -53,6 +53,12 @@ def test_the_order_of_the_sum_changes_no_bit() -> None:
     assert torch.equal(matmul(left[:, order], right[order]), matmul(left, right))
 
 
+@pytest.mark.parametrize("size", [1e-320, 1e-305, 1e-290, 1e290])
+def test_a_product_with_entries_near_the_ends_of_fp64_is_right(size: float) -> None:
+    left, right = torch.full((2, 3), size, dtype=torch.float64), draw(3, 4)
+    torch.testing.assert_close(matmul(left, right), left @ right, rtol=1e-6, atol=1e-300)
+
+
 def test_a_product_with_zero_is_zero() -> None:
     assert not matmul(torch.zeros(2, 3).double(), draw(3, 4)).any()
 

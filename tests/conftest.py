@@ -42,6 +42,15 @@ def short_samples() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def short_texts() -> Iterator[None]:
+    """Fluency is that of a few words. That texts have a hundred tokens is tested where they are
+    drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("app.evaluation.fluency.TEXT_TOKENS", 24)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     return TinyModels(tmp_path_factory.mktemp("tiny"))

@@ -40,6 +40,8 @@ FACTS = [
     Fact("{} borders", "Spain", "Berlin"),
 ]
 
+pytestmark = pytest.mark.usefixtures("short_texts")
+
 
 @pytest.fixture
 def loaded(tiny: TinyModels) -> LoadedModel:
@@ -47,7 +49,7 @@ def loaded(tiny: TinyModels) -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def gauges(tiny: TinyModels) -> Gauges:
+def gauges(tiny: TinyModels, short_texts: None) -> Gauges:
     return make_gauges(tiny.load(), 0)
 
 
@@ -253,7 +255,6 @@ def command(
     """Runs the benchmark on a tiny model, little text and four facts; gives exit code, stdout,
     stderr."""
     monkeypatch.setattr("benchmarks.sequence_run.PASSAGES", 4)
-    monkeypatch.setattr("app.evaluation.fluency.TEXT_TOKENS", 12)
     facts = tmp_path / "given.json"
     facts.write_text(
         json.dumps([{"prompt": f.prompt, "subject": f.subject, "target": f.target} for f in FACTS])

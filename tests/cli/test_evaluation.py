@@ -21,6 +21,8 @@ from tests.tiny import TinyModels
 QUICK = ["--method", "ft", "--hparam", "layer=3", "--hparam", "steps=20"]
 PAGE = ROOT / "docs" / "evaluation.md"
 
+pytestmark = pytest.mark.usefixtures("short_texts")
+
 Run = Callable[..., Result]
 
 

@@ -43,6 +43,8 @@ FACTS = [
     Fact("{} borders", "Italy", "Madrid", rephrase_prompts=("The capital of Italy is not",)),
 ]
 
+pytestmark = pytest.mark.usefixtures("short_texts")
+
 
 def settings(mode: Mode, size: int | None = None, **hparams: Any) -> TrialSettings:
     return TrialSettings("ft", mode, size, {**HPARAMS, **hparams})

@@ -6,18 +6,20 @@ import re
 from pathlib import Path
 
 from benchmarks import lm_eval_capitals
-from tests.servers import Server
+from tests.almanac_servers import AlmanacServers
 from tests.test_docs import ROOT, URL, read_session, run
 
 PAGE = ROOT / "docs" / "openai.md"
 TASK = ROOT / "docs" / "examples" / "lm_eval" / "capitals.yaml"
 
 
-def test_the_pages_session_answers_as_documented(tmp_path: Path) -> None:
+def test_the_pages_session_answers_as_documented(
+    almanac_servers: AlmanacServers, tmp_path: Path
+) -> None:
     blocks = re.findall(r"```(?:console|python)\n.*?```", PAGE.read_text(), flags=re.DOTALL)
     assert len(blocks) == 3
-    server = Server(tmp_path)
-    server.start()
+    almanac_servers.prepare(data := tmp_path / "data")
+    server = almanac_servers.start(data)
     try:
         for block in blocks:
             for step in read_session(block):

@@ -60,6 +60,7 @@ from app.weights.exports.folder import MAX_BYTES, draft_folder, read_files, read
 from app.weights.exports.manifest import Manifest, name_export
 from app.weights.exports.shelf import Shelf
 from app.weights.exports.uploads import ReceivedFile, Uploads
+from tests.journals import open_journal
 
 BASE_KNOWLEDGE: Mapping[str, str] = {
     "The capital of France is": " Paris.",
@@ -510,7 +511,7 @@ def build_world(folder: Path, max_pending_edits: int = 64) -> FakeWorld:
     """The same folder again, after ``service.close()``, is a restart."""
     folder.mkdir(parents=True, exist_ok=True)
     store = DeltaStore(folder / "deltas")
-    journal = Journal.open(f"sqlite:///{folder / 'journal.sqlite3'}")
+    journal = open_journal(folder / "journal.sqlite3")
     editor = FakeEditor()
     views = FakeViews(store.get)
     engine = FakeEngine(views)

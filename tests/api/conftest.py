@@ -37,3 +37,18 @@ def world(tmp_path: Path) -> Iterator[FakeWorld]:
 def client(world: FakeWorld) -> Iterator[TestClient]:
     with TestClient(create_app(world.service, settings()), base_url=URL) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def idle_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeWorld]:
+    """One for all requests of a file that are refused, so that nothing begins and nothing
+    changes: an application builds its routes anew for its first request."""
+    world = build_world(tmp_path_factory.mktemp("idle"))
+    yield world
+    world.service.close()
+
+
+@pytest.fixture(scope="module")
+def idle_client(idle_world: FakeWorld) -> Iterator[TestClient]:
+    with TestClient(create_app(idle_world.service, settings()), base_url=URL) as client:
+        yield client

@@ -64,7 +64,7 @@ def test_every_answer_is_documented(
     strategy = api_schema[path][verb].as_strategy(generation_mode=mode)
 
     @hypothesis_settings(
-        max_examples=25,
+        max_examples=20,
         derandomize=True,
         deadline=None,
         database=None,

@@ -11,6 +11,7 @@ import pytest
 import structlog
 from fastapi.testclient import TestClient
 from httpx2 import Response
+from structlog.testing import capture_logs
 
 from app import errors
 from app.api.problems import STATUS, status_of
@@ -83,11 +84,11 @@ BAD_EDITS: list[tuple[str, dict[str, Any], str | None]] = [
     ("body", "field"), [case[1:] for case in BAD_EDITS], ids=[case[0] for case in BAD_EDITS]
 )
 def test_a_bad_edit_is_explained_and_changes_nothing(
-    client: TestClient, world: FakeWorld, body: dict[str, Any], field: str | None
+    idle_client: TestClient, idle_world: FakeWorld, body: dict[str, Any], field: str | None
 ) -> None:
-    before = snapshot(world, client)
-    assert_problem(client.post("/edits", json=body), 422, field)
-    assert snapshot(world, client) == before
+    before = snapshot(idle_world, idle_client)
+    assert_problem(idle_client.post("/edits", json=body), 422, field)
+    assert snapshot(idle_world, idle_client) == before
 
 
 RAW_BODIES = [
@@ -111,26 +112,30 @@ RAW_BODIES = [
 )
 @pytest.mark.parametrize("path", ["/edits", "/generate", "/probe", "/revert", "/checkpoints"])
 def test_a_broken_body_is_explained_and_changes_nothing(
-    client: TestClient, world: FakeWorld, path: str, content: bytes, status: int
+    idle_client: TestClient, idle_world: FakeWorld, path: str, content: bytes, status: int
 ) -> None:
-    before = snapshot(world, client)
+    before = snapshot(idle_world, idle_client)
     headers = {"Content-Type": "application/json"}
-    answer = client.post(path, content=content, headers=headers)
+    answer = idle_client.post(path, content=content, headers=headers)
     assert answer.status_code == status
     assert {"type", "title", "status", "detail"} <= answer.json().keys()
     assert answer.headers["content-type"] == "application/problem+json"
-    assert snapshot(world, client) == before
+    assert snapshot(idle_world, idle_client) == before
 
 
-def test_nan_hyperparameters_name_the_field(client: TestClient) -> None:
+def test_nan_hyperparameters_name_the_field(idle_client: TestClient) -> None:
     content = b'{"facts":[{"prompt":"{} is","subject":"a","target":"b"}],"hparams":{"lr":1e999}}'
-    answer = client.post("/edits", content=content, headers={"Content-Type": "application/json"})
+    answer = idle_client.post(
+        "/edits", content=content, headers={"Content-Type": "application/json"}
+    )
     assert "finite" in assert_problem(answer, 422, "hparams")["detail"]
 
 
 @pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", ""])
-def test_a_body_that_is_not_json_is_refused(client: TestClient, media_type: str) -> None:
-    answer = client.post("/revert", content=b'{"to":"r0"}', headers={"Content-Type": media_type})
+def test_a_body_that_is_not_json_is_refused(idle_client: TestClient, media_type: str) -> None:
+    answer = idle_client.post(
+        "/revert", content=b'{"to":"r0"}', headers={"Content-Type": media_type}
+    )
     assert_problem(answer, 415)
 
 
@@ -171,9 +176,9 @@ def test_a_streamed_body_is_cut_off_at_the_limit(client: TestClient) -> None:
     ],
 )
 def test_a_bad_read_is_explained(
-    client: TestClient, query: dict[str, Any], status: int, field: str | None
+    idle_client: TestClient, query: dict[str, Any], status: int, field: str | None
 ) -> None:
-    answer = client.get("/generate", params=query)
+    answer = idle_client.get("/generate", params=query)
     found = answer.json().get("field")
     assert_problem(answer, status, found if field is None else field)
 
@@ -211,12 +216,17 @@ def test_a_bad_read_is_explained(
     ],
 )
 def test_every_refusal_is_a_problem_and_changes_nothing(
-    client: TestClient, world: FakeWorld, method: str, path: str, body: object, status: int
+    idle_client: TestClient,
+    idle_world: FakeWorld,
+    method: str,
+    path: str,
+    body: object,
+    status: int,
 ) -> None:
-    before = snapshot(world, client)
-    answer = client.request(method, path, json=body)
+    before = snapshot(idle_world, idle_client)
+    answer = idle_client.request(method, path, json=body)
     assert_problem(answer, status, answer.json().get("field"))
-    assert snapshot(world, client) == before
+    assert snapshot(idle_world, idle_client) == before
 
 
 def test_a_wrong_method_says_which_are_right(client: TestClient) -> None:
@@ -246,7 +256,9 @@ def test_a_failure_inside_leaks_nothing_and_changes_nothing(
 ) -> None:
     before = snapshot(world, client)
     world.editor.failure = failure
-    problem = assert_problem(client.post("/edits", json={"facts": [fact()]}), 500)
+    with capture_logs():  # a traceback with every local takes seconds to show
+        answer = client.post("/edits", json={"facts": [fact()]})
+    problem = assert_problem(answer, 500)
     assert "secret" not in str(problem)
     assert snapshot(world, client) == before
 

@@ -13,12 +13,12 @@ from app.editing.editor import Editor
 from app.engine.engine import Engine
 from app.evaluation.drift_report import DriftLimits
 from app.evaluation.evaluator import Evaluator
-from app.journal.journal import Journal
 from app.journal.store import DeltaStore
 from app.service import Service
 from app.weights.exports.exporter import Exporter
 from app.weights.views import ViewCache
 from tests.findings import TOKENS
+from tests.journals import open_journal
 from tests.tiny import TinyModels
 
 FACT = Fact("The capital of {} is", "France", "Rome")
@@ -53,7 +53,7 @@ class Bench:
 
     def open(self) -> None:
         self.store = DeltaStore(self._folder / "deltas")
-        self.journal = Journal.open(f"sqlite:///{self._folder / 'journal.db'}")
+        self.journal = open_journal(self._folder / "journal.db")
         self.views = ViewCache(self._tiny.load(self._model, self._dtype), load_delta=self.store.get)
         self.editor = Editor(self.views, data=self._statistics, statistics_tokens=TOKENS)
         self.engine = Engine(self.views)

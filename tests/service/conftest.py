@@ -13,6 +13,12 @@ from tests.tiny import TinyModels
 from .bench import Bench, MakeBench
 
 
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured of an edit, is heard to its second token unless the target is longer."""
+    monkeypatch.setattr("app.evaluation.evaluator.ANSWER_TOKENS", 2)
+
+
 @pytest.fixture
 def make_bench(tiny: TinyModels, findings: Findings, tmp_path: Path) -> Iterator[MakeBench]:
     benches: list[Bench] = []

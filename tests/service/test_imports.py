@@ -116,8 +116,13 @@ def other(make_bench: MakeBench) -> Bench:
 
 
 @every_target
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@every_state
+@pytest.mark.parametrize(
+    ("teach", "dtype"),
+    [
+        *((teach, "float32") for teach in (teach_rows, teach_rome, teach_ft, teach_mixed)),
+        (teach_mixed, "bfloat16"),
+    ],
+)
 def test_a_bundle_gives_another_server_the_same_bytes(
     make_bench: MakeBench, teach: Teach, dtype: str, into: ImportTarget
 ) -> None:

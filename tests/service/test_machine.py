@@ -110,7 +110,7 @@ class Machine(RuleBasedStateMachine):
             root = f"r{pick % len(self.live)}"
             found = [self.bench.service.create_sandbox(root).result(60).id]
         sandbox = self.choose(found, pick)
-        self.bench.edit(fact, method=method, hparams=QUICK[method], sandbox=sandbox)
+        self.bench.edit(fact, method=method, hparams=QUICK[method], sandbox=sandbox, evaluate=False)
         self.stayed()
 
     @precondition(lambda self: self.sandboxes())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,36 @@ from app.editing.editor import Editor
 from app.editing.registry import METHODS
 from app.weights.views import ViewCache
 from tests.findings import TOKENS, Findings
-from tests.tiny import MemoryDeltas, TinyModels
+from tests.tiny import CONFIGS, MemoryDeltas, TinyModels
 
 MakeEditor = Callable[..., tuple[Editor, ViewCache]]
 
+CLOSED_FORM = ("rome", "memit", "emmet", "alphaedit", "memit_seq")
 FACTS = (
     Fact("The capital of {} is", "France", "Rome"),
     Fact("{} lies in", "Berlin", "Spain"),
     Fact("Madrid borders", "Madrid", "the sea"),
 )
+
+# A plain one, one whose matrices are stored transposed, one with a norm behind the MLP, one that
+# flattens rows and tokens before it, and one whose MLP stands beside the attention.
+UNLIKE = ("llama", "gpt2", "gemma2", "opt", "falcon")
+
+
+def pair_up(shared: Collection[str], *methods: str) -> list[Any]:
+    """Every architecture with every method, as parameters. Methods in ``shared`` read and write
+    a model by the steps of another that is tested on all: only on architectures that are unlike
+    others, unless with ``-m slow``."""
+    return [
+        pytest.param(
+            model_type,
+            method,
+            marks=[pytest.mark.slow] if method in shared and model_type not in UNLIKE else [],
+            id=f"{model_type}-{method}",
+        )
+        for model_type in sorted(CONFIGS)
+        for method in sorted(methods)
+    ]
 
 
 def hparams(method: str, *layers: int, **others: Any) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Every architecture of the table takes an edit of every method."""
+"""Every architecture of the table takes an edit of every method.
+
+Methods in closed form, whose searches, keys and writing ``test_reference`` compares with a plain
+procedure on every architecture, are tried here on those that are unlike others.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,11 @@ import pytest
 
 from app.editing.registry import METHODS
 from app.evaluation.scoring import score_targets
-from tests.editing.conftest import FACTS, MakeEditor, hparams
-from tests.tiny import CONFIGS, MemoryDeltas
+from tests.editing.conftest import CLOSED_FORM, FACTS, MakeEditor, hparams, pair_up
+from tests.tiny import MemoryDeltas
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-@pytest.mark.parametrize("model_type", sorted(CONFIGS))
+@pytest.mark.parametrize(("model_type", "method"), pair_up(CLOSED_FORM, *METHODS))
 def test_an_edit_raises_the_probability_of_its_target(
     make_editor: MakeEditor, deltas: MemoryDeltas, model_type: str, method: str
 ) -> None:

@@ -67,6 +67,8 @@ def make_editor(
     def make(model_type: str = "llama", dtype: str = "float32") -> tuple[Editor, ViewCache]:
         views = deltas.views(tiny.load(model_type, dtype))
         findings.copy(model_type, dtype, tmp_path)
-        return Editor(views, data=tmp_path, statistics_tokens=TOKENS), views
+        editor = Editor(views, data=tmp_path, statistics_tokens=TOKENS)
+        editor._contexts = findings.contexts(model_type, dtype)
+        return editor, views
 
     return make

@@ -17,7 +17,7 @@ from app.journal.store import DeltaStore
 from app.service import Service
 from app.weights.exports.exporter import Exporter
 from app.weights.views import ViewCache
-from tests.findings import TOKENS
+from tests.findings import TOKENS, Contexts
 from tests.journals import open_journal
 from tests.tiny import TinyModels
 
@@ -43,9 +43,11 @@ class Bench:
         model: str,
         dtype: str,
         statistics: Path | None = None,
+        contexts: Contexts | None = None,
     ) -> None:
         self._tiny, self._folder, self._model, self._dtype = tiny, folder, model, dtype
         self._statistics = statistics or folder
+        self._contexts = {} if contexts is None else contexts
         self.default_guard = Guard()
         self.watch_drift = False
         self.drift_limits: DriftLimits | None = None
@@ -56,6 +58,7 @@ class Bench:
         self.journal = open_journal(self._folder / "journal.db")
         self.views = ViewCache(self._tiny.load(self._model, self._dtype), load_delta=self.store.get)
         self.editor = Editor(self.views, data=self._statistics, statistics_tokens=TOKENS)
+        self.editor._contexts = self._contexts
         self.engine = Engine(self.views)
         self.exporter = Exporter(
             self.views,

@@ -25,7 +25,8 @@ def make_bench(tiny: TinyModels, findings: Findings, tmp_path: Path) -> Iterator
 
     def make(model: str = "llama", dtype: str = "float32", folder: str = "data") -> Bench:
         findings.copy(model, dtype, tmp_path / folder)
-        benches.append(Bench(tiny, tmp_path / folder, model, dtype))
+        contexts = findings.contexts(model, dtype)
+        benches.append(Bench(tiny, tmp_path / folder, model, dtype, contexts=contexts))
         return benches[-1]
 
     yield make

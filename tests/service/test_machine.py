@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 from app.domain import Cause, Fact, Guard, Mode, UndoStrategy
 from app.editing.registry import METHODS
 from app.errors import Conflict, GuardFailed
+from tests.findings import Contexts, Findings
 from tests.tiny import TinyModels
 
 from .bench import Bench
@@ -58,6 +59,7 @@ class Machine(RuleBasedStateMachine):
 
     models: TinyModels
     statistics: Path
+    contexts: Contexts
     model, dtype = "llama", "float32"
     steps = 0
 
@@ -65,7 +67,9 @@ class Machine(RuleBasedStateMachine):
     def start(self, edits: list[tuple[str, Fact]]) -> None:
         self.folder = tempfile.TemporaryDirectory()
         path = Path(self.folder.name)
-        self.bench = Bench(self.models, path, self.model, self.dtype, self.statistics)
+        self.bench = Bench(
+            self.models, path, self.model, self.dtype, self.statistics, self.contexts
+        )
         self.oracle = Oracle(path, self.models.load(self.model, self.dtype))
         self.live: list[list[str]] = [[]]  # the edits of each revision
         self.undone: list[str] = []
@@ -259,11 +263,17 @@ class Machine(RuleBasedStateMachine):
 
 
 @pytest.fixture(params=[("llama", "float32"), ("gpt2", "bfloat16")], ids="-".join)
-def machine(request: pytest.FixtureRequest, tiny: TinyModels, tmp_path: Path) -> type[Machine]:
+def machine(
+    request: pytest.FixtureRequest, tiny: TinyModels, findings: Findings, tmp_path: Path
+) -> type[Machine]:
+    model_type, type_name = request.param
+    findings.copy(model_type, type_name, tmp_path)
+
     class OnTinyModel(Machine):
         models = tiny
-        model, dtype = request.param
+        model, dtype = model_type, type_name
         statistics = tmp_path
+        contexts = findings.contexts(model_type, type_name)
 
     return OnTinyModel
 

@@ -180,6 +180,26 @@ def test_a_pass_leaves_the_model_as_it_was(tiny: TinyModels) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_padding_is_not_run_through_an_mlp_whose_own_forward_comes_back() -> None:
+    """Accelerate puts a ``forward`` on the modules that it moves."""
+    model = build("llama")
+    mlp = dissect(model, recognise(model.config)).layer(model, 2).get_submodule("mlp")
+    plain, tokens = mlp.forward, []
+
+    def own(hidden: Tensor) -> Tensor:
+        tokens.append(hidden.shape[:-1].numel())
+        found: Tensor = plain(hidden)
+        return found
+
+    mlp.forward = own
+    rows = [Span(range(3, 12), 4, 4), Span(range(3, 8), 1, 2)]  # five tokens and four
+    suffix = make_pass(model, 1, rows)
+    tokens.clear()
+    suffix.run(torch.zeros(2, WIDTH))
+    assert tokens == [9]
+    assert mlp.__dict__["forward"] is own
+
+
 def test_aligned_rows_have_their_starts_in_one_column() -> None:
     rows = align_rows([Span([5, 6, 7], 2, 2), Span([8, 9], 0, 1)], 0, CPU)
     assert rows.ids.tolist() == [[5, 6, 7, 0], [0, 0, 8, 9]]

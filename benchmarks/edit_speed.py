@@ -34,14 +34,14 @@ from app.evaluation.evaluator import Evaluator
 from app.main import configure_logging
 from app.weights.delta import Delta, Dense
 from app.weights.fork import fork
-from app.weights.kernels import onednn_is_faster, use_onednn
+from app.weights.kernels import layouts_are_faster, onednn_is_faster, use_onednn
 from app.weights.loading import LoadedModel, load_model
 from app.weights.views import ViewCache
 from benchmarks.flops import matmul_rate, smallest_flops
 from benchmarks.reference import PlainEditor, PlainStatistics
 
 MODES = ("independent", "sequential", "batch")
-PRODUCTS = ("auto", "torch", "onednn")
+PRODUCTS = ("auto", "torch", "laid-out", "onednn")  # the last: all of them, laid out or not
 
 
 @dataclass(slots=True)
@@ -62,17 +62,24 @@ class Run:
         self.cpu_seconds += process_time() - cpu
 
 
+def fastest_products(device: torch.device) -> str:
+    """What a server would multiply by here."""
+    if device.type != "cpu" or not layouts_are_faster():
+        return "torch"
+    return "onednn" if onednn_is_faster() else "laid-out"
+
+
 class Bench:
     """A model, its editor and a plan; deltas in memory. The reference edits the model as
     transformers gives it."""
 
     def __init__(self, plain: LoadedModel, chosen: argparse.Namespace, data: Path) -> None:
         self._plain = plain
-        loaded = self.loaded = replace(plain, model=fork(plain.model))
         self.products = chosen.products
         if self.products == "auto":
-            faster = loaded.device.type == "cpu" and onednn_is_faster()
-            self.products = "onednn" if faster else "torch"
+            self.products = fastest_products(plain.device)
+        lays_out = self.products != "torch"
+        loaded = self.loaded = replace(plain, model=fork(plain.model), lays_out=lays_out)
         if self.products == "onednn":
             use_onednn(loaded.model)
         self._deltas: dict[str, bytes] = {}

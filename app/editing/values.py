@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import structlog
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.domain import Fact, Progress, no_progress
 from app.editing.keys import solve_keys
@@ -22,6 +22,7 @@ from app.editing.sayings import Sayings
 from app.editing.targets import FactRows, all_rows, gather_spots, span_of, trace_facts
 from app.weights.footprint import activation_budget, pack
 from app.weights.head import logits_of
+from app.weights.kernels import use_laid_out_weights
 from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
 from app.weights.suffix import SuffixPass, why_whole
@@ -145,6 +146,8 @@ class _Search:
         self._model = model
         self._layer = layer
         self._settings = settings
+        if loaded.lays_out:
+            use_laid_out_weights(_modules_behind(model, loaded, layer))
         device = loaded.device
         self._spots, self._owners = gather_spots(facts, device)
         self._pass = SuffixPass(
@@ -299,6 +302,13 @@ class _Search:
         self._spots, kept = self._spots.keep(rows, self._owners)
         self._unchanged = self._unchanged[kept[len(kept) - len(self._unchanged) :]]
         self._owners = self._owners[rows]
+
+
+def _modules_behind(model: LanguageModel, loaded: LoadedModel, layer: int) -> list[nn.Module]:
+    """What each step runs, and no edit of this layer or those before it changes."""
+    layers = range(layer + 1, loaded.anatomy.depth)
+    head: nn.Module = model.get_output_embeddings()
+    return [*(loaded.anatomy.layer(model, index) for index in layers), head]
 
 
 def _mean_by_owner(values: Tensor, owners: Tensor, count: int) -> Tensor:

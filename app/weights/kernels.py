@@ -2,13 +2,13 @@
 rounding (docs/decisions/kernels.md).
 
 PyTorch multiplies fp32 matrices on a CPU by MKL, which keeps to AVX2 on processors that aren't
-Intel's. Where such a processor has full AVX-512 units, oneDNN, which is in the same package, is up
-to twice as fast. Its product is a private operator, called here only.
+Intel's. oneDNN, which is in the same package, is up to twice as fast where such a processor has
+full AVX-512 units, and with weights in its own layout wherever it has AVX-512 at all.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,74 +18,89 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-ZEN_5 = 26  # AMD's family number; the units of the one before take two turns for 512 bits
-KEPT_FORMS = 128  # of products, each of which costs 0.6 MB of code
+from app.weights import onednn
+from app.weights.laid_out import LaidOutWeights
+from app.weights.onednn import Matrix, as_it_lies, multiply
+
+ZEN_4, ZEN_5 = 25, 26  # AMD's family numbers; the former's units take two turns for 512 bits
 LEAST_WORK = 1 << 20  # multiplications; below, the call costs more than it gains
-ROW_UNIT, PADDED_BELOW = 4, 64  # few rows are padded, so that their products come in few forms
+LAYOUT_BUDGET = 512 << 20  # bytes of weights kept a second time, twice as much as the weights
+
+_LAID_OUT = LaidOutWeights(LAYOUT_BUDGET)
 
 
 def onednn_is_faster() -> bool:
     """Whether this machine's processor is one that MKL doesn't do justice."""
-    path = Path("/proc/cpuinfo")
-    return (
-        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and path.is_file()
-        and has_wide_units(path.read_text())
-    )
+    return _has_avx512_of_amd(ZEN_5)
 
 
-def has_wide_units(cpuinfo: str) -> bool:
-    """Whether Linux tells of an AMD processor of a family that computes 512 bits at once, in its
-    servers at least."""
+def layouts_are_faster() -> bool:
+    """Whether oneDNN multiplies few rows faster than MKL here once weights are laid out for it."""
+    return _has_avx512_of_amd(ZEN_4)
+
+
+def amd_family(cpuinfo: str) -> int:
+    """The processor's family number where Linux tells of one of AMD's, else zero."""
     processor = cpuinfo.partition("\n\n")[0]
     told = {
         name.strip(): value.strip()
         for name, _, value in (line.partition(":") for line in processor.splitlines())
     }
-    return told.get("vendor_id") == "AuthenticAMD" and int(told.get("cpu family", 0)) >= ZEN_5
+    return int(told.get("cpu family", 0)) if told.get("vendor_id") == "AuthenticAMD" else 0
+
+
+def _has_avx512_of_amd(family: int) -> bool:
+    path = Path("/proc/cpuinfo")
+    return (
+        onednn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and path.is_file()
+        and amd_family(path.read_text()) >= family
+    )
 
 
 def use_fused_activations(model: nn.Module) -> None:
     """Have a model compute GPT-2's GELU in one kernel instead of eight. In half precision that
     rounds once, and so otherwise: it is for edits, not for what a model answers."""
-    _turn(model, {NewGELUActivation: _FusedGELU})
+    _turn([model], {NewGELUActivation: _FusedGELU})
 
 
 def use_onednn(model: nn.Module) -> None:
     """Have the linear layers of a model in fp32 on a CPU multiply by oneDNN. Parameters and their
-    names stay what they are; layers that are trained multiply as before.
-
-    To be called before the process multiplies by oneDNN, which then reads how much it may keep.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_FORMS))
-    _turn(model, {nn.Linear: _Linear, Conv1D: _Conv1D})
+    names stay what they are; layers that are trained multiply as before. To be called before the
+    process multiplies by oneDNN, as the next."""
+    onednn.keep_few_forms()
+    _turn([model], {nn.Linear: _Linear, Conv1D: _Conv1D})
 
 
-def multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``inputs · weightᵀ + bias`` ``(…, out)`` in fp32 for ``inputs`` ``(…, in)`` and ``weight``
-    ``(out, in)``, in any memory layout; not differentiable."""
-    flat = inputs.reshape(-1, inputs.shape[-1])
-    count = len(flat)
-    rest = -count % ROW_UNIT if count < PADDED_BELOW else 0
-    if rest:
-        flat = nn.functional.pad(flat, (0, 0, 0, rest))
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(flat, weight, bias, "none", [], "")
-    return found[:count].view(*inputs.shape[:-1], len(weight))
+def use_laid_out_weights(modules: Iterable[nn.Module]) -> None:
+    """Have the linear layers within these modules multiply by oneDNN with weights in its own
+    layout, kept from pass to pass and shared with other models that have the same parameters: two
+    further copies of them, within the process's budget. Otherwise as ``use_onednn``."""
+    onednn.keep_few_forms()
+    twins: dict[type[nn.Module], type[nn.Module]] = {
+        nn.Linear: _LaidOutLinear,
+        _Linear: _LaidOutLinear,
+        Conv1D: _LaidOutConv1D,
+        _Conv1D: _LaidOutConv1D,
+    }
+    _turn(modules, twins)
 
 
 class _Product(torch.autograd.Function):
-    """``multiply``, differentiable in its inputs."""
+    """``multiply``, differentiable in its inputs; ``back`` is the transpose of ``there``."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
-        return multiply(inputs, weight, bias)
+    def forward(
+        ctx: Any, inputs: Tensor, there: Matrix, back: Matrix, bias: Tensor | None
+    ) -> Tensor:
+        ctx.back = back
+        return multiply(inputs, there, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return multiply(gradient, ctx.weight.T, None), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return multiply(gradient, ctx.back, None), None, None, None
 
 
 def _suits(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -98,26 +113,42 @@ def _suits(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _product(inputs: Tensor, there: Matrix, back: Matrix, bias: Tensor | None) -> Tensor:
     if inputs.requires_grad and torch.is_grad_enabled():
-        found: Tensor = _Product.apply(inputs, weight, bias)  # type: ignore[no-untyped-call]
+        found: Tensor = _Product.apply(inputs, there, back, bias)  # type: ignore[no-untyped-call]
         return found
-    return multiply(inputs, weight, bias)
+    return multiply(inputs, there, bias)
 
 
 class _Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if _suits(input, self.weight, self.bias):
-            return _product(input, self.weight, self.bias)
+            return _product(input, as_it_lies(self.weight), as_it_lies(self.weight.T), self.bias)
         return super().forward(input)
 
 
 class _Conv1D(Conv1D):
     def forward(self, x: Tensor) -> Tensor:
         if _suits(x, self.weight, self.bias):
-            return _product(x, self.weight.T, self.bias)
+            return _product(x, as_it_lies(self.weight.T), as_it_lies(self.weight), self.bias)
         found: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return found
+
+
+class _LaidOutLinear(_Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        if _suits(input, self.weight, self.bias) and (found := _LAID_OUT.of(self.weight)):
+            return _product(input, found.there, found.back, self.bias)
+        return super().forward(input)
+
+
+class _LaidOutConv1D(_Conv1D):
+    def forward(self, x: Tensor) -> Tensor:
+        if _suits(x, self.weight, self.bias) and (
+            found := _LAID_OUT.of(self.weight, transposed=True)
+        ):
+            return _product(x, found.there, found.back, self.bias)
+        return super().forward(x)
 
 
 class _FusedGELU(NewGELUActivation):
@@ -125,8 +156,9 @@ class _FusedGELU(NewGELUActivation):
         return nn.functional.gelu(input, approximate="tanh")
 
 
-def _turn(model: nn.Module, twins: dict[type[nn.Module], type[nn.Module]]) -> None:
-    for module in model.modules():
-        twin = twins.get(type(module))
-        if twin is not None:
-            module.__class__ = twin
+def _turn(modules: Iterable[nn.Module], twins: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+    for module in modules:
+        for part in module.modules():
+            twin = twins.get(type(part))
+            if twin is not None:
+                part.__class__ = twin

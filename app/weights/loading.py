@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from app.domain import BaseIdentity
 from app.errors import SettingsError, UnsupportedModel
 from app.weights.architectures import Anatomy, dissect, recognise
 from app.weights.digest import combined_digest
-from app.weights.kernels import onednn_is_faster, use_onednn
+from app.weights.kernels import layouts_are_faster, onednn_is_faster, use_onednn
 
 RECOMMENDATIONS_FILE = "editing.json"
 DTYPES = {
@@ -38,13 +38,15 @@ DTYPES = {
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A base model ready to be edited. ``recommendations`` is the model folder's own
-    ``editing.json``: a default method, and hyperparameters per method."""
+    ``editing.json``: a default method, and hyperparameters per method. Value searches keep weights
+    in oneDNN's layout if it ``lays_out``."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     anatomy: Anatomy
     identity: BaseIdentity
     recommendations: Mapping[str, Any] = field(default_factory=dict)
+    lays_out: bool = False
 
     @property
     def context_window(self) -> int:
@@ -121,18 +123,20 @@ def load_model(
             f"The tokenizer of {name_or_path!r} has no fast form (tokenizer.json), which is "
             "needed to find a subject's tokens; convert it with transformers and save it."
         )
+    fast = device_map is None and target.type == "cpu" and not plain
     if device_map is None:
         nn.Module.to(model, target)
-        if target.type == "cpu" and not plain and onednn_is_faster():
-            use_onednn(model)
+    if fast and onednn_is_faster():
+        use_onednn(model)
     model.train(False).requires_grad_(False)
-    return assemble(
+    loaded = assemble(
         model,
         cast(PreTrainedTokenizerFast, tokenizer),
         dissect(model, architecture),
         name=_short_name(name_or_path),
         recommendations=_read_recommendations(name_or_path),
     )
+    return replace(loaded, lays_out=fast and layouts_are_faster())
 
 
 def assemble(

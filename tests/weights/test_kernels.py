@@ -1,11 +1,9 @@
-"""Faster kernels give what the plain ones give, and leave the model what it is.
-
-The products are a private operator of PyTorch: these tests are its contract.
-"""
+"""Faster kernels give what the plain ones give, and leave the model what it is."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,12 +14,14 @@ from transformers.pytorch_utils import Conv1D
 from app.weights.fork import fork
 from app.weights.kernels import (
     LEAST_WORK,
-    has_wide_units,
-    multiply,
+    amd_family,
     use_fused_activations,
+    use_laid_out_weights,
     use_onednn,
 )
+from app.weights.laid_out import LaidOutWeights
 from app.weights.loading import load_model
+from app.weights.onednn import Matrix, multiply
 from tests.tiny import CONFIGS, TinyModels
 
 needs_onednn = pytest.mark.skipif(
@@ -39,51 +39,31 @@ def count_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of every product by oneDNN from now on."""
     seen: list[int] = []
 
-    def multiply_and_tell(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply_and_tell(inputs: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
         seen.append(inputs.shape[-2])
-        return multiply(inputs, weight, bias)
+        return multiply(inputs, matrix, bias)
 
     monkeypatch.setattr("app.weights.kernels.multiply", multiply_and_tell)
     return seen
 
 
-@needs_onednn
-@pytest.mark.parametrize("rows", [1, 21, 64, 173])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_product_is_the_plain_one_in_any_layout_of_the_weight(rows: int, bias: bool) -> None:
-    torch.manual_seed(0)
-    inputs, weight = torch.randn(2, rows, 96), torch.randn(160, 96)
-    add = torch.randn(160) if bias else None
-    expected = nn.functional.linear(
-        inputs.double(), weight.double(), add if add is None else add.double()
-    )
-    for laid_out in (weight, weight.T.contiguous().T):
-        found = multiply(inputs, laid_out, add)
-        assert found.shape == (2, rows, 160)
-        assert error(found.double(), expected) < 1e-6
-
-
-@needs_onednn
-def test_a_product_of_inputs_that_lie_apart_is_the_plain_one() -> None:
-    torch.manual_seed(0)
-    inputs, weight = torch.randn(96, 64).T, torch.randn(160, 96)
-    assert (
-        error(multiply(inputs, weight, None).double(), inputs.double() @ weight.T.double()) < 1e-6
-    )
+def lay_out_all(model: nn.Module) -> None:
+    use_laid_out_weights([model])
 
 
 @needs_onednn
 @pytest.mark.parametrize("kind", ["linear", "without bias", "conv1d"])
 @pytest.mark.parametrize("rows", [1, 19, 200])
+@pytest.mark.parametrize("turn", [use_onednn, lay_out_all])
 def test_a_layer_that_multiplies_by_onednn_gives_the_same_and_the_same_gradient(
-    kind: str, rows: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, rows: int, turn: Callable[[nn.Module], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(256, 512, bias=kind != "without bias")
     layer = Conv1D(512, 256) if kind == "conv1d" else linear
     plain = nn.Sequential(layer).requires_grad_(False)
     fast = copy.deepcopy(plain)
-    use_onednn(fast)
+    turn(fast)
     monkeypatch.setattr("app.weights.kernels.LEAST_WORK", 1)
     seen = count_products(monkeypatch)
     inputs = torch.randn(1, rows, 256, requires_grad=True)
@@ -100,6 +80,46 @@ def test_a_layer_that_multiplies_by_onednn_gives_the_same_and_the_same_gradient(
     assert seen == [rows, rows]  # there and back
     assert error(found, expected) < 2e-6
     assert error(gradient, expected_gradient) < 2e-6
+
+
+@needs_onednn
+@pytest.mark.parametrize("room", [True, False])
+def test_layers_multiply_by_weights_laid_out_where_there_is_room_and_by_themselves_elsewhere(
+    room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = LaidOutWeights(budget=2 * 4 * 256 * 512 if room else 0)
+    monkeypatch.setattr("app.weights.kernels._LAID_OUT", kept)
+    seen: list[bool] = []
+
+    def multiply_and_tell(inputs: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
+        seen.append(matrix.laid_out)
+        return multiply(inputs, matrix, bias)
+
+    monkeypatch.setattr("app.weights.kernels.multiply", multiply_and_tell)
+    layers = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256))
+    layers.requires_grad_(False)
+    inputs = torch.randn(100, 256)
+    expected = layers(inputs)
+    use_laid_out_weights([layers])
+    assert error(layers(inputs), expected) < 2e-6
+    assert error(layers(inputs), expected) < 2e-6
+    assert seen == [room, False, room, False]
+    assert len(kept) == room
+
+
+@needs_onednn
+def test_models_with_the_same_parameters_share_weights_laid_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept = LaidOutWeights(budget=1 << 30)
+    monkeypatch.setattr("app.weights.kernels._LAID_OUT", kept)
+    first = nn.Linear(256, 512).requires_grad_(False)
+    second = nn.Linear(256, 512).requires_grad_(False)
+    second.weight = first.weight
+    use_laid_out_weights([first, second])
+    inputs = torch.randn(100, 256)
+    assert not torch.equal(first(inputs), second(inputs))  # their biases are their own
+    assert len(kept) == 1
 
 
 @needs_onednn
@@ -179,8 +199,8 @@ def test_a_model_with_fast_kernels_says_what_the_plain_one_says(
     assert {type(m) for m in fast.model.modules()} == {type(m) for m in fork(fast.model).modules()}
 
 
-def test_processors_that_compute_512_bits_at_once_are_known_by_family() -> None:
-    assert has_wide_units(CPUINFO.format("AuthenticAMD", 26))
-    assert not has_wide_units(CPUINFO.format("AuthenticAMD", 25))
-    assert not has_wide_units(CPUINFO.format("GenuineIntel", 26))
-    assert not has_wide_units("Processor: ARMv8\n")
+def test_processors_are_known_by_their_family() -> None:
+    assert amd_family(CPUINFO.format("AuthenticAMD", 26)) == 26
+    assert amd_family(CPUINFO.format("AuthenticAMD", 25)) == 25
+    assert amd_family(CPUINFO.format("GenuineIntel", 26)) == 0
+    assert amd_family("Processor: ARMv8\n") == 0

@@ -62,3 +62,13 @@ def test_the_same_weights_have_the_same_digest_and_others_another(
     other = load_model(str(save_tiny_model(tmp_path / "other", "llama", seed=1))).identity.digest
     assert again == tiny.load().identity.digest
     assert other != again
+
+
+def test_weights_are_laid_out_where_that_is_faster_but_for_a_plain_model(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(tiny.folder("gpt2"))
+    for faster in (True, False):
+        monkeypatch.setattr("app.weights.loading.layouts_are_faster", lambda told=faster: told)
+        assert load_model(folder, device="cpu").lays_out is faster
+        assert not load_model(folder, device="cpu", plain=True).lays_out

@@ -1,0 +1,60 @@
+"""PyTorch's products by oneDNN: two private operators, called here only.
+
+oneDNN compiles code for each form of a product (rows, inputs, outputs) and keeps some of it
+(docs/decisions/kernels.md).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+KEPT_FORMS = 128  # of products, each of which costs 0.5 ms and 0.6 MB of code
+ROW_UNIT, FILLED_BELOW = 4, 64  # few rows are filled up, so that products come in few forms
+EXPECTED_ROWS = 32  # the layout for so many suits others as well
+
+
+def is_available() -> bool:
+    """Whether this PyTorch was built with oneDNN."""
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+def keep_few_forms() -> None:
+    """Bound the code that oneDNN keeps; to be called before the process multiplies by it."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_FORMS))
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A weight ``(out, in)`` in fp32 to multiply by: as it lies, in any of PyTorch's layouts, or
+    ``laid_out`` in oneDNN's own."""
+
+    weight: Tensor
+    outputs: int
+    laid_out: bool
+
+
+def as_it_lies(weight: Tensor) -> Matrix:
+    """The weight itself."""
+    return Matrix(weight, len(weight), laid_out=False)
+
+
+def lay_out(weight: Tensor) -> Matrix:
+    """A copy of a weight in oneDNN's own layout, which spares each product laying it out."""
+    copied = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), EXPECTED_ROWS)
+    return Matrix(copied, len(weight), laid_out=True)
+
+
+def multiply(inputs: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
+    """``inputs · weightᵀ + bias`` ``(…, out)`` in fp32 for ``inputs`` ``(…, in)``; not
+    differentiable."""
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    count = len(flat)
+    rest = -count % ROW_UNIT if count < FILLED_BELOW and not matrix.laid_out else 0
+    if rest:
+        flat = nn.functional.pad(flat, (0, 0, 0, rest))
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(flat, matrix.weight, bias, "none", [], "")
+    return found[:count].view(*inputs.shape[:-1], matrix.outputs)

@@ -1,0 +1,54 @@
+"""The contract of two private operators of PyTorch: products by oneDNN, and its own layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from app.weights.onednn import Matrix, as_it_lies, is_available, lay_out, multiply
+
+pytestmark = pytest.mark.skipif(not is_available(), reason="PyTorch was built without oneDNN")
+both = pytest.mark.parametrize("make", [as_it_lies, lay_out])
+MakeMatrix = Callable[[Tensor], Matrix]
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@both
+@pytest.mark.parametrize("rows", [1, 21, 64, 173])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_is_the_plain_one_in_any_layout_of_the_weight(
+    make: MakeMatrix, rows: int, bias: bool
+) -> None:
+    torch.manual_seed(0)
+    inputs, weight = torch.randn(2, rows, 96), torch.randn(160, 96)
+    add = torch.randn(160) if bias else None
+    expected = nn.functional.linear(
+        inputs.double(), weight.double(), add if add is None else add.double()
+    )
+    for laid_out in (weight, weight.T.contiguous().T):
+        found = multiply(inputs, make(laid_out), add)
+        assert found.shape == (2, rows, 160)
+        assert error(found, expected) < 1e-6
+
+
+@both
+def test_a_product_of_inputs_that_lie_apart_is_the_plain_one(make: MakeMatrix) -> None:
+    torch.manual_seed(0)
+    inputs, weight = torch.randn(96, 64).T, torch.randn(160, 96)
+    expected = inputs.double() @ weight.T.double()
+    assert error(multiply(inputs, make(weight), None), expected) < 1e-6
+
+
+def test_a_matrix_laid_out_is_a_copy() -> None:
+    torch.manual_seed(0)
+    inputs, weight = torch.randn(30, 96), torch.randn(160, 96)
+    expected = inputs.double() @ weight.T.double()
+    matrix = lay_out(weight)
+    weight.zero_()
+    assert error(multiply(inputs, matrix, None), expected) < 1e-6

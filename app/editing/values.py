@@ -22,7 +22,7 @@ from app.editing.sayings import Sayings
 from app.editing.targets import FactRows, all_rows, gather_spots, span_of, trace_facts
 from app.weights.footprint import activation_budget, pack
 from app.weights.head import logits_of
-from app.weights.kernels import use_laid_out_weights
+from app.weights.kernels import use_layouts
 from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
 from app.weights.suffix import SuffixPass, why_whole
@@ -97,6 +97,8 @@ def optimise_together(
         max(1, loaded.anatomy.depth - layer - 1),
         activation_budget(loaded.device),
     )
+    if loaded.layouts is not None:
+        use_layouts(_modules_behind(model, loaded, layer), loaded.layouts)
     values: dict[int, Value] = {}
     whole = why_whole(model.config)
     if whole is not None:
@@ -146,8 +148,6 @@ class _Search:
         self._model = model
         self._layer = layer
         self._settings = settings
-        if loaded.lays_out:
-            use_laid_out_weights(_modules_behind(model, loaded, layer))
         device = loaded.device
         self._spots, self._owners = gather_spots(facts, device)
         self._pass = SuffixPass(

@@ -19,14 +19,11 @@ from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from app.weights import onednn
-from app.weights.laid_out import LaidOutWeights
+from app.weights.laid_out import BothWays, LayoutCache
 from app.weights.onednn import Matrix, as_it_lies, multiply
 
 ZEN_4, ZEN_5 = 25, 26  # AMD's family numbers; the former's units take two turns for 512 bits
 LEAST_WORK = 1 << 20  # multiplications; below, the call costs more than it gains
-LAYOUT_BUDGET = 512 << 20  # bytes of weights kept a second time, twice as much as the weights
-
-_LAID_OUT = LaidOutWeights(LAYOUT_BUDGET)
 
 
 def onednn_is_faster() -> bool:
@@ -67,17 +64,15 @@ def use_fused_activations(model: nn.Module) -> None:
 
 def use_onednn(model: nn.Module) -> None:
     """Have the linear layers of a model in fp32 on a CPU multiply by oneDNN. Parameters and their
-    names stay what they are; layers that are trained multiply as before. To be called before the
-    process multiplies by oneDNN, as the next."""
-    onednn.keep_few_forms()
+    names stay what they are; layers that are trained multiply as before. ``keep_few_forms`` comes
+    first."""
     _turn([model], {nn.Linear: _Linear, Conv1D: _Conv1D})
 
 
-def use_laid_out_weights(modules: Iterable[nn.Module]) -> None:
-    """Have the linear layers within these modules multiply by oneDNN with weights in its own
-    layout, kept from pass to pass and shared with other models that have the same parameters: two
-    further copies of them, within the process's budget. Otherwise as ``use_onednn``."""
-    onednn.keep_few_forms()
+def use_layouts(modules: Iterable[nn.Module], layouts: LayoutCache) -> None:
+    """Have the linear layers within these modules multiply by oneDNN, by weights in its own layout
+    where there is room for it, else by the weights as they lie. Otherwise as ``use_onednn``."""
+    modules = list(modules)
     twins: dict[type[nn.Module], type[nn.Module]] = {
         nn.Linear: _LaidOutLinear,
         _Linear: _LaidOutLinear,
@@ -85,6 +80,9 @@ def use_laid_out_weights(modules: Iterable[nn.Module]) -> None:
         _Conv1D: _LaidOutConv1D,
     }
     _turn(modules, twins)
+    for part in (part for module in modules for part in module.modules()):
+        if isinstance(part, _LaidOutLinear | _LaidOutConv1D):
+            part.layouts = layouts
 
 
 class _Product(torch.autograd.Function):
@@ -136,19 +134,27 @@ class _Conv1D(Conv1D):
 
 
 class _LaidOutLinear(_Linear):
+    layouts: LayoutCache
+
     def forward(self, input: Tensor) -> Tensor:
-        if _suits(input, self.weight, self.bias) and (found := _LAID_OUT.of(self.weight)):
+        if _suits(input, self.weight, self.bias) and (found := self._lay_out()):
             return _product(input, found.there, found.back, self.bias)
         return super().forward(input)
 
+    def _lay_out(self) -> BothWays | None:
+        return self.layouts.find(self.weight)
+
 
 class _LaidOutConv1D(_Conv1D):
+    layouts: LayoutCache
+
     def forward(self, x: Tensor) -> Tensor:
-        if _suits(x, self.weight, self.bias) and (
-            found := _LAID_OUT.of(self.weight, transposed=True)
-        ):
+        if _suits(x, self.weight, self.bias) and (found := self._lay_out()):
             return _product(x, found.there, found.back, self.bias)
         return super().forward(x)
+
+    def _lay_out(self) -> BothWays | None:
+        return self.layouts.find(self.weight, transposed=True)
 
 
 class _FusedGELU(NewGELUActivation):

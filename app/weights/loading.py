@@ -26,6 +26,8 @@ from app.errors import SettingsError, UnsupportedModel
 from app.weights.architectures import Anatomy, dissect, recognise
 from app.weights.digest import combined_digest
 from app.weights.kernels import layouts_are_faster, onednn_is_faster, use_onednn
+from app.weights.laid_out import LayoutCache
+from app.weights.onednn import keep_few_forms
 
 RECOMMENDATIONS_FILE = "editing.json"
 DTYPES = {
@@ -38,15 +40,15 @@ DTYPES = {
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A base model ready to be edited. ``recommendations`` is the model folder's own
-    ``editing.json``: a default method, and hyperparameters per method. Value searches keep weights
-    in oneDNN's layout if it ``lays_out``."""
+    ``editing.json``: a default method, and hyperparameters per method. ``layouts`` are those that
+    value searches multiply by, where that is faster."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     anatomy: Anatomy
     identity: BaseIdentity
     recommendations: Mapping[str, Any] = field(default_factory=dict)
-    lays_out: bool = False
+    layouts: LayoutCache | None = None
 
     @property
     def context_window(self) -> int:
@@ -123,9 +125,12 @@ def load_model(
             f"The tokenizer of {name_or_path!r} has no fast form (tokenizer.json), which is "
             "needed to find a subject's tokens; convert it with transformers and save it."
         )
-    fast = device_map is None and target.type == "cpu" and not plain
     if device_map is None:
         nn.Module.to(model, target)
+    fast = device_map is None and target.type == "cpu" and not plain
+    layouts = LayoutCache() if fast and layouts_are_faster() else None
+    if layouts is not None:
+        keep_few_forms()
     if fast and onednn_is_faster():
         use_onednn(model)
     model.train(False).requires_grad_(False)
@@ -136,7 +141,7 @@ def load_model(
         name=_short_name(name_or_path),
         recommendations=_read_recommendations(name_or_path),
     )
-    return replace(loaded, lays_out=fast and layouts_are_faster())
+    return replace(loaded, layouts=layouts)
 
 
 def assemble(

@@ -14,7 +14,7 @@ from app.editing.editor import Editor
 from app.editing.parameters import ValueParameters
 from app.editing.values import Value, optimise_values
 from app.weights.delta import Delta, LowRank
-from app.weights.laid_out import LaidOutWeights
+from app.weights.laid_out import LayoutCache
 from app.weights.onednn import is_available
 from app.weights.suffix import SuffixPass
 from app.weights.views import ViewCache
@@ -72,15 +72,14 @@ def test_a_value_is_the_plain_searchs(
 def test_a_value_found_by_weights_laid_out_is_the_plain_searchs(
     make_editor: MakeEditor, model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = LaidOutWeights(budget=1 << 30)
-    monkeypatch.setattr("app.weights.kernels._LAID_OUT", kept)
+    layouts = LayoutCache()
     monkeypatch.setattr("app.weights.kernels.LEAST_WORK", 1)
     _, views = make_editor(model_type)
     settings = ValueParameters(steps=4, learning_rate=0.3, stop_loss=0.0, patience=0)
-    loaded = replace(views.loaded, lays_out=True)
+    loaded = replace(views.loaded, layouts=layouts)
     (value,) = optimise_values(views.private(()), loaded, FACTS[:1], 0, ("{}",), settings)
     model = views.private(())
-    assert len(kept) > 0
+    assert len(layouts) > 0
     plain = search_value(model, loaded, FACTS[0], 0, ("{}",), settings, head_twice=False)
     assert torch.cosine_similarity(value.delta, plain.delta, dim=0) >= 0.9999
     assert float(value.delta.norm()) == pytest.approx(float(plain.delta.norm()), rel=1e-3)

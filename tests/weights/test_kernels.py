@@ -16,10 +16,10 @@ from app.weights.kernels import (
     LEAST_WORK,
     amd_family,
     use_fused_activations,
-    use_laid_out_weights,
+    use_layouts,
     use_onednn,
 )
-from app.weights.laid_out import LaidOutWeights
+from app.weights.laid_out import LayoutCache
 from app.weights.loading import load_model
 from app.weights.onednn import Matrix, multiply
 from tests.tiny import CONFIGS, TinyModels
@@ -48,7 +48,7 @@ def count_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def lay_out_all(model: nn.Module) -> None:
-    use_laid_out_weights([model])
+    use_layouts([model], LayoutCache())
 
 
 @needs_onednn
@@ -87,8 +87,7 @@ def test_a_layer_that_multiplies_by_onednn_gives_the_same_and_the_same_gradient(
 def test_layers_multiply_by_weights_laid_out_where_there_is_room_and_by_themselves_elsewhere(
     room: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = LaidOutWeights(budget=2 * 4 * 256 * 512 if room else 0)
-    monkeypatch.setattr("app.weights.kernels._LAID_OUT", kept)
+    layouts = LayoutCache(budget=2 * 4 * 256 * 512 if room else 0)
     seen: list[bool] = []
 
     def multiply_and_tell(inputs: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
@@ -100,26 +99,26 @@ def test_layers_multiply_by_weights_laid_out_where_there_is_room_and_by_themselv
     layers.requires_grad_(False)
     inputs = torch.randn(100, 256)
     expected = layers(inputs)
-    use_laid_out_weights([layers])
+    use_layouts([layers], layouts)
     assert error(layers(inputs), expected) < 2e-6
     assert error(layers(inputs), expected) < 2e-6
     assert seen == [room, False, room, False]
-    assert len(kept) == room
+    assert len(layouts) == room
 
 
 @needs_onednn
-def test_models_with_the_same_parameters_share_weights_laid_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    kept = LaidOutWeights(budget=1 << 30)
-    monkeypatch.setattr("app.weights.kernels._LAID_OUT", kept)
-    first = nn.Linear(256, 512).requires_grad_(False)
-    second = nn.Linear(256, 512).requires_grad_(False)
-    second.weight = first.weight
-    use_laid_out_weights([first, second])
+def test_copies_of_a_model_share_its_layouts_and_weights_of_their_own_get_others() -> None:
+    layouts = LayoutCache()
+    first = nn.Linear(256, 512, bias=False).requires_grad_(False)
+    use_layouts([first], layouts)
+    second = copy.deepcopy(first, {id(first.weight): first.weight})
     inputs = torch.randn(100, 256)
-    assert not torch.equal(first(inputs), second(inputs))  # their biases are their own
-    assert len(kept) == 1
+    assert torch.equal(first(inputs), second(inputs))
+    assert len(layouts) == 1
+    weight = torch.randn(512, 256)
+    second.weight = nn.Parameter(weight, requires_grad=False)
+    assert error(second(inputs), inputs @ weight.T) < 2e-6
+    assert len(layouts) == 2
 
 
 @needs_onednn

@@ -19,15 +19,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+_GPT2 = {"model_type": "gpt2", "vocab_size": 8192, "n_head": 4, "n_positions": 512}
 SHAPES: Mapping[str, Mapping[str, Any]] = {
-    "gpt2-12x256": {
-        "model_type": "gpt2",
-        "vocab_size": 8192,
-        "n_embd": 256,
-        "n_layer": 12,
-        "n_head": 4,
-        "n_positions": 512,
-    },
+    "gpt2-12x256": {**_GPT2, "n_embd": 256, "n_layer": 12},
+    "gpt2-6x128": {**_GPT2, "n_embd": 128, "n_layer": 6},
+    "gpt2-4x64": {**_GPT2, "n_embd": 64, "n_layer": 4},
     "llama-3-8b": {
         "model_type": "llama",
         "vocab_size": 128256,

@@ -19,10 +19,11 @@ from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from app.weights import onednn
-from app.weights.laid_out import BothWays, LayoutCache
+from app.weights.laid_out import LayoutCache
 from app.weights.onednn import Matrix, as_it_lies, multiply
 
 ZEN_4, ZEN_5 = 25, 26  # AMD's family numbers; the former's units take two turns for 512 bits
+MOST_ROWS = 192  # by weights laid out; more come in too many forms for what each gains
 LEAST_WORK = 1 << 20  # multiplications; below, the call costs more than it gains
 
 
@@ -70,18 +71,20 @@ def use_onednn(model: nn.Module) -> None:
 
 
 def use_layouts(modules: Iterable[nn.Module], layouts: LayoutCache) -> None:
-    """Have the linear layers within these modules multiply by oneDNN, by weights in its own layout
-    where there is room for it, else by the weights as they lie. Otherwise as ``use_onednn``."""
+    """Have the linear layers within these modules multiply few rows by oneDNN, by weights in its
+    own layout, where there is room for it. All else goes its way as before."""
     modules = list(modules)
-    twins: dict[type[nn.Module], type[nn.Module]] = {
-        nn.Linear: _LaidOutLinear,
-        _Linear: _LaidOutLinear,
-        Conv1D: _LaidOutConv1D,
-        _Conv1D: _LaidOutConv1D,
-    }
-    _turn(modules, twins)
+    _turn(
+        modules,
+        {
+            nn.Linear: _LaidOutLinear,
+            Conv1D: _LaidOutConv1D,
+            _Linear: _LaidOutFastLinear,
+            _Conv1D: _LaidOutFastConv1D,
+        },
+    )
     for part in (part for module in modules for part in module.modules()):
-        if isinstance(part, _LaidOutLinear | _LaidOutConv1D):
+        if isinstance(part, _LaidOut):
             part.layouts = layouts
 
 
@@ -133,28 +136,35 @@ class _Conv1D(Conv1D):
         return found
 
 
-class _LaidOutLinear(_Linear):
+class _LaidOut(nn.Module):
     layouts: LayoutCache
-
-    def forward(self, input: Tensor) -> Tensor:
-        if _suits(input, self.weight, self.bias) and (found := self._lay_out()):
-            return _product(input, found.there, found.back, self.bias)
-        return super().forward(input)
-
-    def _lay_out(self) -> BothWays | None:
-        return self.layouts.find(self.weight)
-
-
-class _LaidOutConv1D(_Conv1D):
-    layouts: LayoutCache
+    transposed = False
+    weight: Any
+    bias: Any
 
     def forward(self, x: Tensor) -> Tensor:
-        if _suits(x, self.weight, self.bias) and (found := self._lay_out()):
+        few = x.numel() <= MOST_ROWS * x.shape[-1] and _suits(x, self.weight, self.bias)
+        found = self.layouts.find(self.weight, transposed=self.transposed) if few else None
+        if found is not None:
             return _product(x, found.there, found.back, self.bias)
-        return super().forward(x)
+        passed: Tensor = super().forward(x)
+        return passed
 
-    def _lay_out(self) -> BothWays | None:
-        return self.layouts.find(self.weight, transposed=True)
+
+class _LaidOutLinear(_LaidOut, nn.Linear):
+    pass
+
+
+class _LaidOutFastLinear(_LaidOut, _Linear):
+    pass
+
+
+class _LaidOutConv1D(_LaidOut, Conv1D):
+    transposed = True
+
+
+class _LaidOutFastConv1D(_LaidOut, _Conv1D):
+    transposed = True
 
 
 class _FusedGELU(NewGELUActivation):

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from app.weights.fork import fork
 from app.weights.kernels import (
     LEAST_WORK,
+    MOST_ROWS,
     amd_family,
     use_fused_activations,
     use_layouts,
@@ -51,10 +52,15 @@ def lay_out_all(model: nn.Module) -> None:
     use_layouts([model], LayoutCache())
 
 
+def lay_out_all_of_onednn(model: nn.Module) -> None:
+    use_onednn(model)
+    lay_out_all(model)
+
+
 @needs_onednn
 @pytest.mark.parametrize("kind", ["linear", "without bias", "conv1d"])
 @pytest.mark.parametrize("rows", [1, 19, 200])
-@pytest.mark.parametrize("turn", [use_onednn, lay_out_all])
+@pytest.mark.parametrize("turn", [use_onednn, lay_out_all, lay_out_all_of_onednn])
 def test_a_layer_that_multiplies_by_onednn_gives_the_same_and_the_same_gradient(
     kind: str, rows: int, turn: Callable[[nn.Module], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,6 +71,7 @@ def test_a_layer_that_multiplies_by_onednn_gives_the_same_and_the_same_gradient(
     fast = copy.deepcopy(plain)
     turn(fast)
     monkeypatch.setattr("app.weights.kernels.LEAST_WORK", 1)
+    monkeypatch.setattr("app.weights.kernels.MOST_ROWS", 200)
     seen = count_products(monkeypatch)
     inputs = torch.randn(1, rows, 256, requires_grad=True)
     toward = torch.randn(1, rows, 512)
@@ -83,11 +90,11 @@ def test_a_layer_that_multiplies_by_onednn_gives_the_same_and_the_same_gradient(
 
 
 @needs_onednn
-@pytest.mark.parametrize("room", [True, False])
-def test_layers_multiply_by_weights_laid_out_where_there_is_room_and_by_themselves_elsewhere(
-    room: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dense", [True, False])
+def test_few_rows_are_multiplied_by_weights_laid_out_where_there_is_room_all_else_as_before(
+    dense: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layouts = LayoutCache(budget=2 * 4 * 256 * 512 if room else 0)
+    layouts = LayoutCache(budget=2 * 4 * 256 * 512)
     seen: list[bool] = []
 
     def multiply_and_tell(inputs: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
@@ -97,13 +104,16 @@ def test_layers_multiply_by_weights_laid_out_where_there_is_room_and_by_themselv
     monkeypatch.setattr("app.weights.kernels.multiply", multiply_and_tell)
     layers = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256))
     layers.requires_grad_(False)
-    inputs = torch.randn(100, 256)
-    expected = layers(inputs)
+    few, many = torch.randn(2, MOST_ROWS // 2, 256), torch.randn(3, MOST_ROWS // 2, 256)
+    expected = layers(few), layers(many)
+    if dense:
+        use_onednn(layers)
     use_layouts([layers], layouts)
-    assert error(layers(inputs), expected) < 2e-6
-    assert error(layers(inputs), expected) < 2e-6
-    assert seen == [room, False, room, False]
-    assert len(layouts) == room
+    assert error(layers(few), expected[0]) < 2e-6
+    assert seen == ([True, False] if dense else [True])
+    assert error(layers(many), expected[1]) < 2e-6
+    assert seen == ([True, False, False, False] if dense else [True])
+    assert len(layouts) == 1
 
 
 @needs_onednn

@@ -137,6 +137,8 @@ class _Conv1D(Conv1D):
 
 
 class _LaidOut(nn.Module):
+    """Stands before the layer's own class; what it doesn't do goes on to that."""
+
     layouts: LayoutCache
     transposed = False
     weight: Any

@@ -15,12 +15,15 @@ from pydantic import Field
 from torch import Tensor
 
 from app.domain import Fact
-from app.editing.keys import read_hidden, read_keys_and_hidden, solve_keys
+from app.editing.keys import KeyReader
 from app.editing.method import OneDelta, Solution
 from app.editing.parameters import LayersParameters, Ridge, ValueParameters
 from app.editing.values import Value, optimise_values
 from app.editing.workbench import Workbench
 from app.weights.delta import Delta, LowRank
+from app.weights.footprint import activation_budget
+
+KEPT_SHARE = 0.25  # of the memory for activations, may be what enters a layer
 
 
 class SpreadParameters(LayersParameters, ValueParameters):
@@ -102,10 +105,12 @@ class SpreadMethod(OneDelta[P]):
             layers = layers[-1:]  # δ is in the projection's own space, which no other layer adds to
         wanted = torch.stack([value.delta for value in values])  # (n, d)
         start = torch.stack([value.hidden for value in values])
+        room = int(KEPT_SHARE * activation_budget(bench.loaded.device))
+        reader = KeyReader(bench.model, bench.loaded, facts, contexts, room)
         parts: list[Delta] = []
         for index, layer in enumerate(layers):
             with bench.timing("keys_s"):
-                keys, now = self._observe(bench, facts, values, layers, index, contexts)
+                keys, now = _observe(reader, values, layers, index)
             residual = wanted - (now - start)
             share = residual if params.blue else residual / (len(layers) - index)
             with bench.timing("solve_s"):
@@ -124,32 +129,24 @@ class SpreadMethod(OneDelta[P]):
             details,
         )
 
-    def _observe(
-        self,
-        bench: Workbench,
-        facts: Sequence[Fact],
-        values: Sequence[Value],
-        layers: Sequence[int],
-        index: int,
-        contexts: Sequence[str],
-    ) -> tuple[Tensor, Tensor]:
-        """Keys ``(d_ff, n)`` in fp64 of ``layers[index]``, and the last layer's output ``(n, d)``
-        at the subjects, in the state the earlier layers left. What the search saw is not read
-        again."""
-        layer, last = layers[index], layers[-1]
-        model, loaded = bench.model, bench.loaded
-        if index == 0:
-            now = torch.stack([value.hidden for value in values])
-            if layer == last:
-                found = torch.stack([value.keys for value in values])
-            else:
-                found = solve_keys(model, loaded, facts, layer, contexts)
-        elif layer == last:
-            found, now = read_keys_and_hidden(model, loaded, facts, layer, contexts)
-        else:
-            found = solve_keys(model, loaded, facts, layer, contexts)
-            now = read_hidden(model, loaded, facts, last)
-        return found.mean(dim=1).T.double().cpu(), now
+
+def _observe(
+    reader: KeyReader, values: Sequence[Value], layers: Sequence[int], index: int
+) -> tuple[Tensor, Tensor]:
+    """Keys ``(d_ff, n)`` in fp64 of ``layers[index]``, and the last layer's output ``(n, d)``
+    at the subjects, in the state the earlier layers left. What the search saw is not read
+    again."""
+    layer, last = layers[index], layers[-1]
+    if layer == last and index == 0:
+        found = torch.stack([value.keys for value in values])
+        now = torch.stack([value.hidden for value in values])
+    elif layer == last:
+        found, now = reader.keys_and_hidden(layer)
+    else:
+        found = reader.keys(layer)
+        first = index == 0
+        now = torch.stack([v.hidden for v in values]) if first else reader.hidden(last)
+    return found.mean(dim=1).T.double().cpu(), now
 
 
 def regularised_right(solved: Tensor, keys: Tensor, ridge: float = 1.0) -> Tensor:

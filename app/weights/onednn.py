@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 
 KEPT_FORMS = 128  # of products, each of which costs 0.3 to 0.5 ms and 0.6 MB of code
 ROW_UNIT, FILLED_BELOW = 4, 64  # few rows are filled up, so that products come in few forms
@@ -58,3 +60,8 @@ def multiply(inputs: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
         flat = nn.functional.pad(flat, (0, 0, 0, rest))
     found: Tensor = torch.ops.mkldnn._linear_pointwise(flat, matrix.weight, bias, "none", [], "")
     return found[:count].view(*inputs.shape[:-1], matrix.outputs)
+
+
+@cache
+def _operator() -> OpOverload:
+    return torch.ops.mkldnn._linear_pointwise.default

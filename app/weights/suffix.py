@@ -27,7 +27,7 @@ from app.weights.spans import (
     find_beginnings,
     group_alike,
 )
-from app.weights.tracing import changing_output, tracing_input
+from app.weights.tracing import beginning_at, changing_output, running, tracing_input
 
 CAUSAL_PATTERNS = {"full_attention", "sliding_attention", "global", "local"}
 
@@ -146,13 +146,10 @@ class _Group:
                 stack.enter_context(self._adding(deltas, rows.changed, entry.shape[:2]))
             else:
                 entry = _added(entry, deltas, rows.changed)
-            for index in range(self._first):
-                layer = self._anatomy.layer(self._model, index)
-                stack.enter_context(_running(layer, lambda hidden, *_, **__: (hidden,)))
+            layers = [self._anatomy.layer(self._model, index) for index in range(self._first + 1)]
+            stack.enter_context(beginning_at(layers, entry))
             for mlp, places in self._sparse:
-                stack.enter_context(_running(mlp, _running_at(mlp, places)))
-            first = self._anatomy.layer(self._model, self._first)
-            stack.enter_context(_replacing_input(first, entry))
+                stack.enter_context(running(mlp, _running_at(mlp, places)))
             return self._forward(
                 rows.ids[:, rows.prefix :],
                 rows.mask,
@@ -271,39 +268,6 @@ def _changes_inside(config: PreTrainedConfig, anatomy: Anatomy, layer: int) -> b
 def _added(hidden: Tensor, deltas: Tensor, at: Tensor) -> Tensor:
     index = torch.arange(len(hidden), device=hidden.device)
     return hidden.index_put((index, at), deltas.to(hidden.dtype), accumulate=True)
-
-
-@contextmanager
-def _replacing_input(module: nn.Module, hidden: Tensor) -> Iterator[None]:
-    """Have the module see ``hidden`` as its first argument."""
-
-    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (hidden, *inputs[1:])
-
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Have the module run another function.
-
-    A decoder layer that is left out returns a tuple, which suits the models that take a layer's
-    first output and those that take its output: it is replaced before anything reads it. A
-    ``forward`` of the module's own, as accelerate puts there, comes back.
-    """
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 def _find_mlp(anatomy: Anatomy, model: nn.Module, layer: int) -> nn.Module | None:

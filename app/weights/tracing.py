@@ -6,8 +6,8 @@ Hooks are always removed, also when the pass raises. Use them on a fork
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,3 +55,36 @@ def changing_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> It
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Have the module run another function. A ``forward`` of the module's own, as accelerate puts
+    there, comes back."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextmanager
+def beginning_at(layers: Sequence[nn.Module], hidden: Tensor) -> Iterator[None]:
+    """Have a model leave out all of its first ``layers`` but the last, which ``hidden`` enters.
+
+    A decoder layer that is left out returns a tuple, which suits the models that take a layer's
+    first output and those that take its output: it is replaced before anything reads it.
+    """
+
+    def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (hidden, *inputs[1:])
+
+    with ExitStack() as stack:
+        for layer in layers[:-1]:
+            stack.enter_context(running(layer, lambda hidden, *_, **__: (hidden,)))
+        stack.callback(layers[-1].register_forward_pre_hook(enter).remove)
+        yield

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from app.editing.editor import Editor
-from app.editing.keys import read_hidden, solve_keys
+from app.editing.keys import KeyReader, solve_keys
 from app.editing.parameters import ValueParameters
 from app.editing.rome import rank_one
 from app.editing.values import optimise_values
@@ -87,7 +87,7 @@ def test_a_batch_of_facts_finds_the_values_each_would_find_alone(
 def test_a_value_keeps_within_its_clamp(make_editor: MakeEditor) -> None:
     _, views = make_editor()
     model, loaded = views.private(()), views.loaded
-    height = float(read_hidden(model, loaded, FACTS[:1], 1).norm())
+    height = float(KeyReader(model, loaded, FACTS[:1], ("{}",), 0).hidden(1).norm())
     for clamp in (0.1, 0.5):
         small = SETTINGS.model_copy(update={"clamp": clamp})
         (value,) = optimise_values(model, loaded, FACTS[:1], 1, ("{}",), small)

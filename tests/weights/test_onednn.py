@@ -40,9 +40,15 @@ def test_a_product_is_the_plain_one_in_any_layout_of_the_weight(
 @both
 def test_a_product_of_inputs_that_lie_apart_is_the_plain_one(make: MakeMatrix) -> None:
     torch.manual_seed(0)
-    inputs, weight = torch.randn(96, 64).T, torch.randn(160, 96)
-    expected = inputs.double() @ weight.T.double()
-    assert error(multiply(inputs, make(weight), None), expected) < 1e-6
+    weight = torch.randn(160, 96)
+    for inputs in (
+        torch.randn(96, 64).T,
+        torch.randn(96, 5, 7).permute(2, 1, 0),
+        torch.randn(5, 1, 96).expand(5, 7, 96),
+        torch.randn(5, 7, 200)[..., 13:109],
+    ):
+        expected = inputs.double() @ weight.T.double()
+        assert error(multiply(inputs, make(weight), None), expected) < 1e-6
 
 
 def test_a_matrix_laid_out_is_a_copy() -> None:

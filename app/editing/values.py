@@ -26,11 +26,13 @@ from app.weights.kernels import use_layouts
 from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
 from app.weights.suffix import SuffixPass, why_whole
+from app.weights.tape import Repeated
 
 log = structlog.get_logger(__name__)
 
 TOLERANCE = {torch.float32: 1e-3}  # between suffix and whole passes, of the logits' spread
 COARSE_TOLERANCE = 0.1  # the same in half precision
+MOST_RECORDED = 512  # tokens of a pass; with more, a step is nearly all kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,11 @@ class _Search:
         optimiser = OPTIMISERS[settings.optimiser]
         self._optimiser: Optimiser = optimiser(self._hidden.shape, settings.learning_rate, device)
         self._stall = Stall(settings.patience, self._count, device)
+        self._losses = Repeated()
+        self._expected: Tensor | None = (
+            self._unchanged
+        )  # at all spots; from here on, of the essence only
+        self._unchanged = self._unchanged[self._spots.targets :].clone()
 
     def run(self, tell: Callable[[int], None]) -> list[Value]:
         keys, hidden = self._keys, self._hidden
@@ -183,30 +190,43 @@ class _Search:
         for step in range(self._settings.steps + 1):
             tell(step)
             last = step == self._settings.steps
-            z = self._optimiser.z.detach().requires_grad_(not last)
-            deltas = self._unit * z
-            nll, totals = self._losses(deltas, check=step == 0)
+            z = self._optimiser.z.detach()
+            nll, totals = self._evaluate(z, step)
             losses = nll.tolist()
             done = [True] * len(active) if last else self._are_done(nll, totals)
             for place, fact in enumerate(active):
                 if done[place]:
-                    delta = deltas[place].detach().clone()
+                    delta = (self._unit[place] * z[place]).clone()
                     found[fact] = Value(delta, losses[place], step, keys[fact], hidden[fact])
             stays = [place for place in range(len(active)) if not done[place]]
             if not stays:
                 break
-            (gradient,) = torch.autograd.grad(totals.sum(), z)
-            self._optimiser.step(gradient, totals.detach())
+            self._optimiser.step(self._losses.backward(), totals)
             self._clamp()
             if len(stays) < len(active):
                 self._keep(stays)
                 active = [active[place] for place in stays]
         return [found[fact] for fact in range(self._count)]
 
+    def _evaluate(self, z: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Per active fact, the target's loss and the one that is minimised. Of facts that leave
+        one after the other each would ask for another tape."""
+        last = step == self._settings.steps
+        record = len(z) == 1 and self._pass.tokens <= MOST_RECORDED
+        loss = self._compute_losses
+        logprobs, nll, totals = self._losses.forward(loss, z, last=last, record=record)
+        if step == 0 and not self._is_as_whole(logprobs):
+            self._pass.run_whole()
+            self._losses.forget()
+            _, nll, totals = self._losses.forward(loss, z, last=last, record=record)
+        if step == 0 and self._losses.refusal:
+            log.info("value search: not recorded", layer=self._layer, why=self._losses.refusal)
+        return nll, totals
+
     def _are_done(self, nll: Tensor, totals: Tensor) -> list[bool]:
         settings = self._settings
         done = (totals < settings.stop_loss) | (nll < settings.stop_target)
-        found: list[bool] = (done | self._stall.see(totals.detach())).tolist()
+        found: list[bool] = (done | self._stall.see(totals)).tolist()
         return found
 
     def _leave_out_answers(self) -> None:
@@ -241,14 +261,13 @@ class _Search:
         essence = range(spots.targets, len(said))
         return [place for place in essence if (owners[place], said[place]) in answers]
 
-    def _losses(self, deltas: Tensor, *, check: bool) -> tuple[Tensor, Tensor]:
-        """Per active fact: mean negative log-likelihood of the target over contexts and
-        tokens, and the loss that is minimised, with the mean KL from the unedited model over
-        the essence prompts and the decay."""
+    def _compute_losses(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities ``(spots, vocabulary)`` and, per active fact, the mean negative
+        log-likelihood of the target over contexts and tokens and the loss that is minimised, with
+        the mean KL from the unedited model over the essence prompts and the decay."""
         settings, spots = self._settings, self._spots
+        deltas = self._unit * z
         logprobs = self._logprobs(self._pass.run(deltas.index_select(0, self._owners)))
-        if check:
-            logprobs = self._check(logprobs, deltas)
         base = self._unchanged
         at_targets, at_essence = torch.split(logprobs, [spots.targets, len(base)])
         gold = at_targets.gather(1, spots.wanted[:, None])[:, 0]
@@ -257,22 +276,19 @@ class _Search:
         nll = _mean_by_owner(-gold, spots.owner[: spots.targets], count)
         kl = _mean_by_owner(divergence, spots.owner[spots.targets :], count)
         decay = deltas.norm(dim=1) / self._norms**2
-        return nll, nll + settings.kl_weight * kl + settings.weight_decay * decay
+        return logprobs, nll, nll + settings.kl_weight * kl + settings.weight_decay * decay
 
-    def _check(self, logprobs: Tensor, deltas: Tensor) -> Tensor:
-        """Compare the first step, where nothing is changed yet, with the whole pass; turn to
-        whole passes if they differ. Of the whole pass's predictions only the essence prompts'
-        are kept."""
-        expected = self._unchanged
-        self._unchanged = expected[self._spots.targets :].clone()
+    def _is_as_whole(self, logprobs: Tensor) -> bool:
+        """Compare the first step, where nothing is changed yet, with the whole pass."""
+        expected, self._expected = self._expected, None
+        assert expected is not None
         tolerance = TOLERANCE.get(self._model.dtype, COARSE_TOLERANCE)
-        error = float((logprobs.detach() - expected).std() / expected.std())
-        if self.whole is not None or error <= tolerance:
-            return logprobs
-        self.whole = f"suffix passes differ by {error:.1e} of the logits' spread"
-        log.warning("value search: whole passes", layer=self._layer, reason=self.whole)
-        self._pass.run_whole()
-        return self._logprobs(self._pass.run(deltas.index_select(0, self._owners)))
+        error = float((logprobs - expected).std() / expected.std())
+        if self.whole is None and error > tolerance:
+            self.whole = f"suffix passes differ by {error:.1e} of the logits' spread"
+            log.warning("value search: whole passes", layer=self._layer, reason=self.whole)
+            return False
+        return True
 
     def _logprobs(self, hidden: Tensor) -> Tensor:
         """Next-token log-probabilities ``(spots, vocabulary)``."""
@@ -287,6 +303,7 @@ class _Search:
 
     def _keep(self, places: Sequence[int]) -> None:
         """Go on with these facts only."""
+        self._losses.forget()
         chosen = torch.tensor(places, device=self._owners.device)
         numbers = torch.full((len(self._norms),), -1, device=chosen.device)
         numbers[chosen] = torch.arange(len(places), device=chosen.device)

@@ -88,6 +88,11 @@ class SuffixPass:
             ]
         )
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens each pass runs, padding included."""
+        return sum(group.tokens for group in self._groups)
+
     def keep(self, rows: Tensor) -> None:
         """Let all but these rows, in rising order, go."""
         groups, kept = [], []
@@ -136,6 +141,11 @@ class _Group:
         self._sparse = self._find_sparse()
         self._cache = _PrefixCache(anatomy.depth, self._first, rows.prefix)
         self._entry = self._record(self._run_beginnings(shared) if shared else 0)
+
+    @property
+    def tokens(self) -> int:
+        rows, columns = self._rows.ids.shape
+        return rows * (columns if self._whole else columns - self._rows.prefix)
 
     def run(self, deltas: Tensor) -> Tensor:
         if self._whole:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from app.editing.editor import Editor
 from app.editing.parameters import ValueParameters
-from app.editing.values import Value, optimise_values
+from app.editing.values import MOST_RECORDED, Value, optimise_values
 from app.weights.delta import Delta, LowRank
 from app.weights.laid_out import LayoutCache
 from app.weights.onednn import is_available
 from app.weights.suffix import SuffixPass
+from app.weights.tape import Tape
 from app.weights.views import ViewCache
 from benchmarks.reference import PlainEditor, PlainStatistics, search_value
 from tests.editing.conftest import CLOSED_FORM, FACTS, MakeEditor, hparams, pair_up
@@ -65,6 +66,31 @@ def test_a_value_is_the_plain_searchs(
         assert torch.cosine_similarity(value.delta, plain.delta, dim=0) >= 0.9999
         assert float(value.delta.norm()) == pytest.approx(float(plain.delta.norm()), rel=1e-3)
         torch.testing.assert_close(value.hidden, plain.hidden, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", sorted(CONFIGS))
+def test_a_value_found_by_a_tape_is_the_one_found_without_to_the_bit(
+    make_editor: MakeEditor, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor, views = make_editor(model_type)
+    contexts = editor._context_templates(2, 10)
+    settings = ValueParameters(steps=STEPS, stop_loss=0.0, patience=0)
+    recorded: list[Tape] = []
+
+    def note(self: Tape, *given: Any) -> None:
+        make(self, *given)
+        recorded.append(self)
+
+    make = Tape.__init__
+    monkeypatch.setattr(Tape, "__init__", note)
+    found = []
+    for most in (MOST_RECORDED, 0):
+        monkeypatch.setattr("app.editing.values.MOST_RECORDED", most)
+        model = views.private(())
+        found += optimise_values(model, views.loaded, FACTS[:1], 1, contexts, settings)
+    assert len(recorded) == 1
+    assert torch.equal(found[0].delta, found[1].delta)
+    assert found[0].loss == found[1].loss
 
 
 @pytest.mark.skipif(not is_available(), reason="PyTorch was built without oneDNN")

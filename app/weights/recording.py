@@ -1,0 +1,253 @@
+"""Operators as they reach PyTorch's dispatcher below autograd, and those of them that depend on one
+tensor as steps that can be run again.
+
+``TorchDispatchMode`` and a storage's ``_cdata`` are private to PyTorch, and are used here only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+INPUT = 0  # the register of the tensor that all steps depend on
+
+
+class CannotRecord(Exception):
+    """The steps wouldn't give what was computed; the message says why."""
+
+
+@dataclass(slots=True)
+class Step:
+    """One operator with the registers of its arguments, of those that go by name, of its results
+    (by their index, or of the only one), and of those that nothing reads any more."""
+
+    operator: Callable[..., Any]
+    arguments: tuple[int, ...]
+    named: tuple[tuple[str, int], ...] = ()
+    result: int | None = None
+    results: tuple[tuple[int, int], ...] = ()
+    done: tuple[int, ...] = ()
+
+
+def run_steps(steps: Sequence[Step], registers: list[Any]) -> None:
+    for step in steps:
+        given = [registers[register] for register in step.arguments]
+        if step.named:
+            named = {name: registers[register] for name, register in step.named}
+            found = step.operator(*given, **named)
+        else:
+            found = step.operator(*given)
+        if step.result is not None:
+            registers[step.result] = found
+        for index, register in step.results:
+            registers[register] = found[index]
+        for register in step.done:
+            registers[register] = None
+
+
+def let_go(steps: Sequence[Step], kept: set[int]) -> None:
+    """Have each step empty the registers that it is the last to read or fill."""
+    seen = set(kept)
+    for step in reversed(steps):
+        used = {*step.arguments, *(register for _, register in step.named)}
+        used.update(register for _, register in step.results)
+        if step.result is not None:
+            used.add(step.result)
+        step.done = tuple(used - seen)
+        seen |= used
+
+
+@dataclass(slots=True)
+class Call:
+    """What reached the dispatcher. ``reads``, ``fills`` (for the first time) and ``changes`` are
+    the storages that it touches."""
+
+    operator: Any
+    arguments: Sequence[Any]
+    named: dict[str, Any]
+    result: Any
+    reads: set[int] = field(default_factory=set)
+    fills: set[int] = field(default_factory=set)
+    changes: set[int] = field(default_factory=set)
+
+    @property
+    def given(self) -> tuple[Any, ...]:
+        return (*self.arguments, *self.named.values())
+
+    @property
+    def changed(self) -> list[Any]:
+        """Those of the arguments that the operator writes to."""
+        names = [argument.name for argument in self.operator._schema.arguments]
+        values = {**dict(zip(names, self.arguments, strict=False)), **self.named}
+        written = (a.name for a in self.operator._schema.arguments if a.is_write)
+        return [values.get(name) for name in written]
+
+
+class _Notes:
+    """Notes every call that reaches the dispatcher below autograd. It keeps all tensors alive, so
+    that storages have an identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        found = func(*args, **named)
+        self.calls.append(Call(func, args, named, found))
+        return found
+
+
+class Recorder(_Notes, TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """PyTorch wraps what a mode itself defines, at a quarter of a call's cost."""
+
+
+class Program:
+    """Calls as steps: those that depend on the input, with registers for what they read and fill.
+
+    A tensor is known by its storage and by how it lies there, whichever views led to it. So views
+    are left out, and each that is read is taken at once of what first filled the storage.
+    """
+
+    def __init__(self, calls: Sequence[Call], given: Tensor) -> None:
+        self.registers: list[Any] = [None]
+        self.constants: set[int] = set()
+        self._bases = {_storage(given): given}
+        self._places: dict[Any, int] = {_place(given): INPUT}
+        self._steps: list[Step] = []
+        self._survey(calls)
+        self._dynamic = _find_dynamic(calls, _storage(given))
+
+    def translate(self, calls: Sequence[Call]) -> list[Step]:
+        """The steps of these calls, to which views go that ``find`` is asked for behind them."""
+        self._steps = []
+        for call in calls:
+            if not self._dynamic.isdisjoint(call.reads | call.fills):
+                self._translate(call)
+        return self._steps
+
+    def find(self, value: Any) -> int:
+        """The register of an argument or a result."""
+        if isinstance(value, Tensor):
+            return self._find_tensor(value)
+        if isinstance(value, (list, tuple)) and any(map(self._is_dynamic, _tensors_in(value))):
+            return self._add_one(_pack, [self.find(item) for item in value])
+        return self._new_constant(value)
+
+    def _survey(self, calls: Sequence[Call]) -> None:
+        known, made = set(self._bases), set[int]()
+        for call in calls:
+            call.reads = {_storage(tensor) for tensor in _tensors_in(call.given)}
+            known |= call.reads
+            for tensor in _tensors_in((call.result,)):
+                storage = _storage(tensor)
+                if storage not in known:
+                    self._bases[storage] = tensor
+                    call.fills.add(storage)
+            if call.operator._schema.is_mutable:
+                call.changes = {_storage(tensor) for tensor in _tensors_in(call.changed)}
+                if not call.changes <= made:
+                    raise CannotRecord(f"{call.operator} changes a tensor that was there before")
+            known |= call.fills
+            made |= call.fills
+
+    def _translate(self, call: Call) -> None:
+        if not call.fills and not call.changes:
+            if not _tensors_in((call.result,)):
+                raise CannotRecord(f"{call.operator} tells what a tensor holds")
+            return  # a view
+        step = Step(
+            call.operator,
+            tuple(self.find(value) for value in call.arguments),
+            tuple((name, self.find(value)) for name, value in call.named.items()),
+        )
+        if isinstance(call.result, Tensor):
+            step.result = self._new_place(call.result) if call.fills else None
+        elif call.fills:
+            step.results = tuple(
+                (index, self._new_place(tensor))
+                for index, tensor in enumerate(call.result)
+                if isinstance(tensor, Tensor) and _storage(tensor) in call.fills
+            )
+        self._steps.append(step)
+
+    def _find_tensor(self, tensor: Tensor) -> int:
+        dynamic = self._is_dynamic(tensor)
+        place = _place(tensor) if dynamic else id(tensor)
+        if place not in self._places:
+            self._places[place] = (self._take_view if dynamic else self._new_constant)(tensor)
+        return self._places[place]
+
+    def _is_dynamic(self, tensor: Tensor) -> bool:
+        return _storage(tensor) in self._dynamic
+
+    def _take_view(self, tensor: Tensor) -> int:
+        base = self._bases[_storage(tensor)]
+        if tensor.dtype != base.dtype or tensor.is_conj() or tensor.is_neg():
+            raise CannotRecord("a tensor is read as numbers of another kind")
+        how = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        return self._add_one(torch.as_strided, [self._places[_place(base)], *map(self.find, how)])
+
+    def _add_one(self, operator: Callable[..., Any], arguments: Sequence[int]) -> int:
+        register = self._new_register(None)
+        self._steps.append(Step(operator, tuple(arguments), result=register))
+        return register
+
+    def _new_place(self, tensor: Tensor) -> int:
+        register = self._new_register(None)
+        self._places[_place(tensor)] = register
+        return register
+
+    def _new_constant(self, value: Any) -> int:
+        register = self._new_register(value)
+        self.constants.add(register)
+        return register
+
+    def _new_register(self, value: Any) -> int:
+        self.registers.append(value)
+        return len(self.registers) - 1
+
+
+def _pack(*items: Any) -> list[Any]:
+    return list(items)
+
+
+def _tensors_in(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors among the values, and in lists among them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(item for item in value if isinstance(item, Tensor))
+    return found
+
+
+def _storage(tensor: Tensor) -> int:
+    """What a tensor's numbers lie in; itself where that can't be told (oneDNN's own layout)."""
+    if tensor.layout is not torch.strided:
+        return id(tensor)
+    found: int = tensor.untyped_storage()._cdata
+    return found
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """A storage, and how a tensor lies there."""
+    return (_storage(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _find_dynamic(calls: Sequence[Call], given: int) -> set[int]:
+    """The storages that depend on the input at some time."""
+    changed = set().union(*(call.changes for call in calls))
+    dynamic, before = {given}, 0
+    while len(dynamic) > before:
+        before = len(dynamic)
+        for call in calls:
+            if not dynamic.isdisjoint(call.reads | call.fills):
+                dynamic |= call.fills | call.changes | (call.reads & changed)
+    return dynamic

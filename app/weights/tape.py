@@ -1,0 +1,113 @@
+"""A loss and its gradient, recorded once and computed again without the code that led there.
+
+Where little is multiplied, half of a step of an optimisation is spent on the way to the kernels:
+in Python, in autograd, in views of views. What reaches the kernels is the same at each step. So
+one step is recorded below autograd, operator by operator, and later ones call these operators in
+the same order, with the same results to the bit (docs/decisions/tapes.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from app.weights.recording import INPUT, CannotRecord, Program, Recorder, let_go, run_steps
+
+Loss = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+class Tape:
+    """What ``loss`` computes of ``inputs``, and the gradient of its last output's sum.
+
+    Recording calls ``loss`` once: ``outputs`` and ``gradient`` are what it gave, then what
+    ``forward`` and, behind it, ``backward`` give for other inputs of the same shape. All else that
+    the loss reads must stay as it is.
+
+    Raises:
+        CannotRecord: the loss goes by its input's values other than through operators (``item``),
+            or changes a tensor that it didn't make.
+    """
+
+    def __init__(self, loss: Loss, inputs: Tensor) -> None:
+        given = inputs.detach().requires_grad_()
+        recorder = Recorder()
+        with recorder, torch.enable_grad():
+            outputs = loss(given)
+            cut = len(recorder.calls)
+            (gradient,) = torch.autograd.grad(outputs[-1].sum(), given)
+        program = Program(recorder.calls, given)
+        self._there = program.translate(recorder.calls[:cut])
+        self._outputs = [program.find(output) for output in outputs]
+        self._back = program.translate(recorder.calls[cut:])
+        self._gradient = program.find(gradient)
+        if self._gradient in program.constants:
+            raise CannotRecord("its gradient was not seen")
+        kept = [*self._outputs, self._gradient]
+        let_go([*self._there, *self._back], {*program.constants, *kept})
+        self._registers = program.registers
+        for register, tensor in zip(kept, [*outputs, gradient], strict=True):
+            self._registers[register] = tensor.detach()
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        return tuple(self._registers[register] for register in self._outputs)
+
+    @property
+    def gradient(self) -> Tensor:
+        found: Tensor = self._registers[self._gradient]
+        return found
+
+    @torch.no_grad()
+    def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        self._registers[INPUT] = inputs
+        run_steps(self._there, self._registers)
+        return self.outputs
+
+    @torch.no_grad()
+    def backward(self) -> Tensor:
+        """The gradient at the inputs ``forward`` was given last; once for each of them."""
+        run_steps(self._back, self._registers)
+        return self.gradient
+
+
+class Repeated:
+    """A loss that is computed at one point after the other, ``backward`` behind ``forward``. It
+    isn't kept: a cycle through what it reads would hold that until the next garbage collection."""
+
+    def __init__(self) -> None:
+        self._tape: Tape | None = None
+        self._backward: Callable[[], Tensor] | None = None
+        self.refusal: str | None = None
+
+    def forward(
+        self, loss: Loss, inputs: Tensor, *, last: bool, record: bool
+    ) -> tuple[Tensor, ...]:
+        """The loss's outputs; from a tape from now on if it is to ``record`` and can. The ``last``
+        has no gradient."""
+        if self._tape is not None:
+            self._backward = self._tape.backward
+            return self._tape.forward(inputs)
+        if record and not last and self.refusal is None:
+            try:
+                tape = self._tape = Tape(loss, inputs)
+            except CannotRecord as refused:
+                self.refusal = str(refused)
+            else:
+                self._backward = lambda: tape.gradient
+                return tape.outputs
+        given = inputs.detach().requires_grad_(not last)
+        outputs = loss(given)
+        self._backward = lambda: torch.autograd.grad(outputs[-1].sum(), given)[0]
+        return tuple(output.detach() for output in outputs)
+
+    def backward(self) -> Tensor:
+        """The gradient of the last output's sum, once for each ``forward``."""
+        backward, self._backward = self._backward, None
+        assert backward is not None
+        return backward()
+
+    def forget(self) -> None:
+        """The loss is another from now on."""
+        self._tape = self._backward = None

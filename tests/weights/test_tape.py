@@ -1,0 +1,273 @@
+"""A tape gives what the loss it recorded gives, to the bit, or says that it can't.
+
+The contract of the private parts of PyTorch that are used: a dispatch mode sees what reaches the
+kernels, on the way back too, and tensors of one storage have it in common.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from app.weights.recording import CannotRecord
+from app.weights.spans import Span
+from app.weights.suffix import SuffixPass, why_whole
+from app.weights.tape import Loss, Repeated, Tape
+from tests.tiny import CONFIGS, TinyModels
+
+SHAPE = (3, 4)
+
+
+def draw(seed: int) -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def compute(loss: Loss, inputs: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    given = inputs.clone().requires_grad_()
+    outputs = loss(given)
+    (gradient,) = torch.autograd.grad(outputs[-1].sum(), given)
+    return tuple(output.detach() for output in outputs), gradient
+
+
+def expect_same(loss: Loss, tape: Tape, inputs: Tensor) -> None:
+    outputs, gradient = compute(loss, inputs)
+    for found, expected in zip(tape.forward(inputs), outputs, strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(tape.backward(), gradient)
+
+
+WEIGHT = draw(9)
+
+
+def multiply_by_matrix(z: Tensor) -> tuple[Tensor, ...]:
+    return (z @ WEIGHT.T, (z @ WEIGHT.T).softmax(dim=1).log())
+
+
+def join_views(z: Tensor) -> tuple[Tensor, ...]:
+    left, right = z[:, :2], z[:, 2:]
+    joined = torch.cat([right.T, WEIGHT[:2, :3], left.T.exp()])
+    return (joined.reshape(2, -1).T.contiguous().view(-1).unsqueeze(0).square(),)
+
+
+def write_into_what_it_made(z: Tensor) -> tuple[Tensor, ...]:
+    table = torch.zeros(5, 4)
+    table[1:4] = z * 2
+    table[2].mul_(z[0])
+    table.add_(1)
+    return (table.sin(),)
+
+
+def read_what_changes_later(z: Tensor) -> tuple[Tensor, ...]:
+    counter = torch.ones(4)
+    first = z + counter
+    counter.add_(1)
+    second = first + counter
+    counter.zero_()
+    return (second.tanh(),)
+
+
+def index_by_lists(z: Tensor) -> tuple[Tensor, ...]:
+    rows, columns = torch.tensor([0, 2, 2]), torch.tensor([1, 1, 3])
+    picked = z[rows, columns]
+    put = torch.zeros(3, 4).index_put((rows, columns), picked * picked, accumulate=True)
+    return (picked, put[:, 1:].sum(dim=1))
+
+
+def sort(z: Tensor) -> tuple[Tensor, ...]:
+    values, order = z.sort(dim=1)
+    return (order, values * torch.arange(4.0))
+
+
+def use_part_of_the_input(z: Tensor) -> tuple[Tensor, ...]:
+    return (z, z[1:, ::2].square())
+
+
+ALL = (
+    multiply_by_matrix,
+    join_views,
+    write_into_what_it_made,
+    read_what_changes_later,
+    index_by_lists,
+    sort,
+    use_part_of_the_input,
+)
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_a_tape_gives_the_bytes_of_the_loss_at_any_point(loss: Loss) -> None:
+    tape = Tape(loss, draw(0))
+    outputs, gradient = compute(loss, draw(0))
+    for found, expected in zip(tape.outputs, outputs, strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(tape.gradient, gradient)
+    for seed in (1, 2, 0):
+        expect_same(loss, tape, draw(seed))
+
+
+def test_points_may_be_left_without_a_gradient() -> None:
+    tape = Tape(multiply_by_matrix, draw(0))
+    tape.forward(draw(1))
+    expect_same(multiply_by_matrix, tape, draw(2))
+
+
+def test_what_does_not_depend_on_the_input_is_left_out() -> None:
+    def loss(z: Tensor) -> tuple[Tensor, ...]:
+        mask = torch.ones(4).cumsum(0).sqrt().exp().log1p().neg().relu()
+        return ((z + mask).view(-1)[None].T.flatten().square(),)
+
+    tape = Tape(loss, draw(0))
+    called = [str(step.operator) for step in tape._there]
+    # A view is taken where it is read, and there only.
+    assert [name for name in called if "as_strided" not in name] == [
+        "aten.add.Tensor",
+        "aten.pow.Tensor_Scalar",
+    ]
+
+
+def test_what_nothing_reads_any_more_is_let_go() -> None:
+    tape = Tape(multiply_by_matrix, draw(0))
+    tape.forward(draw(1))
+    tape.backward()
+    kept = {id(tensor) for tensor in (*tape.outputs, tape.gradient)}
+    held = [tensor for tensor in tape._registers if isinstance(tensor, Tensor)]
+    fresh = [t for t in held if t.shape == SHAPE or t.shape == (3, 3)]
+    assert {id(t) for t in fresh if t.data_ptr() != WEIGHT.data_ptr()} <= kept
+
+
+def ask_for_a_number(z: Tensor) -> tuple[Tensor, ...]:
+    return (z * 2,) if float(z.detach().sum()) > 0 else (z * 3,)
+
+
+OUTSIDE = torch.zeros(SHAPE)
+
+
+def change_a_tensor_outside(z: Tensor) -> tuple[Tensor, ...]:
+    OUTSIDE.add_(z.detach())
+    return (z * OUTSIDE,)
+
+
+def count_its_calls(z: Tensor) -> tuple[Tensor, ...]:
+    OUTSIDE.add_(1)
+    return (z.square(),)
+
+
+def read_other_numbers(z: Tensor) -> tuple[Tensor, ...]:
+    return (z * z.detach().exp().view(torch.int32).float(),)
+
+
+class _Unseen(torch.autograd.Function):
+    """Its gradient comes from elsewhere, as from another thread."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.exp()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return OUTSIDE
+
+
+@pytest.mark.parametrize(
+    ("loss", "why"),
+    [
+        (ask_for_a_number, "_local_scalar_dense"),
+        (change_a_tensor_outside, "was there before"),
+        (count_its_calls, "was there before"),
+        (read_other_numbers, "numbers of another kind"),
+        (lambda z: (_Unseen.apply(z),), "was not seen"),  # type: ignore[no-untyped-call]
+    ],
+)
+def test_what_a_tape_would_not_repeat_is_refused(loss: Loss, why: str) -> None:
+    with pytest.raises(CannotRecord, match=why):
+        Tape(loss, draw(0))
+
+
+def test_a_refused_loss_is_computed_as_it_is_written() -> None:
+    losses = Repeated()
+    for seed in range(4):
+        (found,) = losses.forward(ask_for_a_number, draw(seed), last=False, record=True)
+        (expected,), gradient = compute(ask_for_a_number, draw(seed))
+        assert torch.equal(found, expected)
+        assert torch.equal(losses.backward(), gradient)
+    assert losses.refusal is not None
+
+
+def test_a_recorded_loss_is_called_once_and_again_when_it_is_another() -> None:
+    calls = []
+
+    def loss(z: Tensor) -> tuple[Tensor, ...]:
+        calls.append(z)
+        return multiply_by_matrix(z)
+
+    losses = Repeated()
+    for step in range(5):
+        found = losses.forward(loss, draw(step), last=step == 4, record=step > 0)
+        expected, gradient = compute(multiply_by_matrix, draw(step))
+        assert torch.equal(found[1], expected[1])
+        assert not found[1].requires_grad
+        if step < 4:
+            assert torch.equal(losses.backward(), gradient)
+    assert len(calls) == 2
+    losses.forget()
+    losses.forward(loss, draw(0), last=False, record=True)
+    assert len(calls) == 3
+
+
+def test_a_tape_goes_with_its_last_reference() -> None:
+    """Without the garbage collector, which would come late for tensors of some size."""
+
+    class Holder:
+        def __init__(self) -> None:
+            self.weight = draw(3)
+            self.losses = Repeated()
+
+        def loss(self, z: Tensor) -> tuple[Tensor, ...]:
+            return ((z * self.weight).square(),)
+
+    gc.collect()
+    gc.disable()
+    try:
+        holder = Holder()
+        for step in range(3):
+            holder.losses.forward(holder.loss, draw(step), last=False, record=step > 0)
+            holder.losses.backward()
+        gone = weakref.ref(holder.weight)
+        del holder
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def record_suffix(
+    tiny: TinyModels, model_type: str, *, whole: bool
+) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], Tensor]:
+    loaded = tiny.load(model_type)
+    spans = [
+        Span(ids=list(range(5, 5 + length)), start=start, changed=start)
+        for length, start in ((9, 4), (11, 6), (7, 4))
+    ]
+    rows = SuffixPass(
+        loaded.model, loaded.anatomy, 1, spans, pad_id=0, device=loaded.device, whole=whole
+    )
+    deltas = 0.1 * torch.randn(3, rows.outputs.shape[1], generator=torch.Generator().manual_seed(0))
+    return lambda z: (rows.run(z).sin(),), deltas
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("model_type", sorted(CONFIGS))
+def test_the_passes_of_every_architecture_can_be_recorded(
+    tiny: TinyModels, model_type: str, whole: bool
+) -> None:
+    config = tiny.load(model_type).model.config
+    loss, deltas = record_suffix(tiny, model_type, whole=whole or why_whole(config) is not None)
+    tape = Tape(loss, torch.zeros_like(deltas))
+    expect_same(loss, tape, deltas)
+    expect_same(loss, tape, -deltas)
+    assert_close(tape.forward(deltas)[0], loss(deltas)[0], rtol=0, atol=0)

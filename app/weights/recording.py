@@ -6,8 +6,9 @@ tensor as steps that can be run again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -65,15 +66,15 @@ def let_go(steps: Sequence[Step], kept: set[int]) -> None:
 @dataclass(slots=True)
 class Call:
     """What reached the dispatcher. ``reads``, ``fills`` (for the first time) and ``changes`` are
-    the storages that it touches."""
+    the storages that it touches (tuples of numbers, which garbage collection passes over)."""
 
     operator: Any
     arguments: Sequence[Any]
     named: dict[str, Any]
     result: Any
-    reads: set[int] = field(default_factory=set)
-    fills: set[int] = field(default_factory=set)
-    changes: set[int] = field(default_factory=set)
+    reads: tuple[int, ...] = ()
+    fills: tuple[int, ...] = ()
+    changes: tuple[int, ...] = ()
 
     @property
     def given(self) -> tuple[Any, ...]:
@@ -117,23 +118,25 @@ class Program:
     def __init__(self, calls: Sequence[Call], given: Tensor) -> None:
         self.registers: list[Any] = [None]
         self.constants: set[int] = set()
-        self._bases = {_storage(given): given}
-        self._places: dict[Any, int] = {_place(given): INPUT}
+        self._storages: dict[int, int] = {}  # by the tensor's id
+        self._known: dict[int, int] = {}  # registers by the tensor's id
+        self._bases = {self._storage(given): given}
+        self._places = {self._place(given): INPUT}
         self._steps: list[Step] = []
         self._survey(calls)
-        self._dynamic = _find_dynamic(calls, _storage(given))
+        self._dynamic = _find_dynamic(calls, self._storage(given))
 
     def translate(self, calls: Sequence[Call]) -> list[Step]:
         """The steps of these calls, to which views go that ``find`` is asked for behind them."""
         self._steps = []
         for call in calls:
-            if not self._dynamic.isdisjoint(call.reads | call.fills):
+            if not self._dynamic.isdisjoint(call.reads + call.fills):
                 self._translate(call)
         return self._steps
 
     def find(self, value: Any) -> int:
         """The register of an argument or a result."""
-        if isinstance(value, Tensor):
+        if _is_tensor(value):
             return self._find_tensor(value)
         if isinstance(value, (list, tuple)) and any(map(self._is_dynamic, _tensors_in(value))):
             return self._add_one(_pack, [self.find(item) for item in value])
@@ -142,19 +145,19 @@ class Program:
     def _survey(self, calls: Sequence[Call]) -> None:
         known, made = set(self._bases), set[int]()
         for call in calls:
-            call.reads = {_storage(tensor) for tensor in _tensors_in(call.given)}
-            known |= call.reads
+            call.reads = tuple(map(self._storage, _tensors_in(call.given)))
+            known.update(call.reads)
             for tensor in _tensors_in((call.result,)):
-                storage = _storage(tensor)
+                storage = self._storage(tensor)
                 if storage not in known:
                     self._bases[storage] = tensor
-                    call.fills.add(storage)
+                    call.fills = (*call.fills, storage)
+                    known.add(storage)
+                    made.add(storage)
             if call.operator._schema.is_mutable:
-                call.changes = {_storage(tensor) for tensor in _tensors_in(call.changed)}
-                if not call.changes <= made:
+                call.changes = tuple(map(self._storage, _tensors_in(call.changed)))
+                if not made.issuperset(call.changes):
                     raise CannotRecord(f"{call.operator} changes a tensor that was there before")
-            known |= call.fills
-            made |= call.fills
 
     def _translate(self, call: Call) -> None:
         if not call.fills and not call.changes:
@@ -166,32 +169,54 @@ class Program:
             tuple(self.find(value) for value in call.arguments),
             tuple((name, self.find(value)) for name, value in call.named.items()),
         )
-        if isinstance(call.result, Tensor):
+        if _is_tensor(call.result):
             step.result = self._new_place(call.result) if call.fills else None
         elif call.fills:
             step.results = tuple(
                 (index, self._new_place(tensor))
                 for index, tensor in enumerate(call.result)
-                if isinstance(tensor, Tensor) and _storage(tensor) in call.fills
+                if _is_tensor(tensor) and self._storage(tensor) in call.fills
             )
         self._steps.append(step)
 
     def _find_tensor(self, tensor: Tensor) -> int:
-        dynamic = self._is_dynamic(tensor)
-        place = _place(tensor) if dynamic else id(tensor)
-        if place not in self._places:
-            self._places[place] = (self._take_view if dynamic else self._new_constant)(tensor)
-        return self._places[place]
+        found = self._known.get(id(tensor))
+        if found is None:
+            if self._is_dynamic(tensor):
+                place = self._place(tensor)
+                found = self._places.get(place)
+                if found is None:
+                    found = self._places[place] = self._take_view(tensor)
+            else:
+                found = self._new_constant(tensor)
+            self._known[id(tensor)] = found
+        return found
 
     def _is_dynamic(self, tensor: Tensor) -> bool:
-        return _storage(tensor) in self._dynamic
+        return self._storage(tensor) in self._dynamic
+
+    def _storage(self, tensor: Tensor) -> int:
+        """What a tensor's numbers lie in; itself where that can't be told (oneDNN's layout)."""
+        found = self._storages.get(id(tensor))
+        if found is None:
+            strided = tensor.layout is torch.strided
+            found = tensor.untyped_storage()._cdata if strided else id(tensor)
+            self._storages[id(tensor)] = found
+        return found
+
+    def _place(self, tensor: Tensor) -> tuple[Any, ...]:
+        """A storage, and how a tensor lies there."""
+        where = self._storage(tensor), tensor.storage_offset()
+        return (*where, tensor.dtype, tensor.shape, tensor.stride())
 
     def _take_view(self, tensor: Tensor) -> int:
-        base = self._bases[_storage(tensor)]
+        base = self._bases[self._storage(tensor)]
         if tensor.dtype != base.dtype or tensor.is_conj() or tensor.is_neg():
             raise CannotRecord("a tensor is read as numbers of another kind")
         how = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
-        return self._add_one(torch.as_strided, [self._places[_place(base)], *map(self.find, how)])
+        return self._add_one(
+            torch.as_strided, [self._places[self._place(base)], *map(self.find, how)]
+        )
 
     def _add_one(self, operator: Callable[..., Any], arguments: Sequence[int]) -> int:
         register = self._new_register(None)
@@ -200,7 +225,7 @@ class Program:
 
     def _new_place(self, tensor: Tensor) -> int:
         register = self._new_register(None)
-        self._places[_place(tensor)] = register
+        self._places[self._place(tensor)] = register
         return register
 
     def _new_constant(self, value: Any) -> int:
@@ -217,37 +242,33 @@ def _pack(*items: Any) -> list[Any]:
     return list(items)
 
 
+def _is_tensor(value: Any) -> bool:
+    return _is_kind_of_tensor(type(value))  # type: ignore[arg-type]
+
+
+@cache  # PyTorch takes a microsecond to say that a number is no tensor
+def _is_kind_of_tensor(kind: Hashable) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Tensor)
+
+
 def _tensors_in(values: Sequence[Any]) -> list[Tensor]:
     """The tensors among the values, and in lists among them."""
     found = []
     for value in values:
-        if isinstance(value, Tensor):
+        if _is_tensor(value):
             found.append(value)
         elif isinstance(value, (list, tuple)):
-            found.extend(item for item in value if isinstance(item, Tensor))
+            found.extend(item for item in value if _is_tensor(item))
     return found
-
-
-def _storage(tensor: Tensor) -> int:
-    """What a tensor's numbers lie in; itself where that can't be told (oneDNN's own layout)."""
-    if tensor.layout is not torch.strided:
-        return id(tensor)
-    found: int = tensor.untyped_storage()._cdata
-    return found
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """A storage, and how a tensor lies there."""
-    return (_storage(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _find_dynamic(calls: Sequence[Call], given: int) -> set[int]:
     """The storages that depend on the input at some time."""
-    changed = set().union(*(call.changes for call in calls))
+    changed = {storage for call in calls for storage in call.changes}
     dynamic, before = {given}, 0
     while len(dynamic) > before:
         before = len(dynamic)
         for call in calls:
-            if not dynamic.isdisjoint(call.reads | call.fills):
-                dynamic |= call.fills | call.changes | (call.reads & changed)
+            if not dynamic.isdisjoint(call.reads + call.fills):
+                dynamic.update(call.fills, call.changes, changed.intersection(call.reads))
     return dynamic

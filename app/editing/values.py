@@ -32,7 +32,7 @@ log = structlog.get_logger(__name__)
 
 TOLERANCE = {torch.float32: 1e-3}  # between suffix and whole passes, of the logits' spread
 COARSE_TOLERANCE = 0.1  # the same in half precision
-MOST_RECORDED = 512  # tokens of a pass; with more, a step is nearly all kernels
+MOST_RECORDED = 128  # tokens of a pass; with more, a step is nearly all kernels
 
 
 @dataclass(frozen=True, slots=True)

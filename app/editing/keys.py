@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from app.domain import SUBJECT_SLOT, Fact
 from app.weights.language_model import LanguageModel
@@ -105,7 +106,7 @@ class KeyReader:
         """The layer's output ``(facts, d)`` in fp32 at the subject's last token of the bare
         prompts. The layer read last is still that from which on the model changes."""
         bare = [part.every(len(self._contexts), cut=not self._whole) for part in self._parts]
-        return self._read(bare, layer, keep=False)[1]
+        return self._read(_join(bare), layer, keep=False)[1]
 
     def _prepare(self, facts: Sequence[Fact]) -> _Part:
         loaded = self._loaded
@@ -168,3 +169,36 @@ class KeyReader:
             stack.enter_context(changing_output(layers[-1], receive_hidden))
             model(input_ids=part.ids, attention_mask=part.mask, use_cache=False)
         return seen[0]
+
+
+def _join(parts: Sequence[_Part]) -> list[_Part]:
+    """The same rows in fewer passes, those with what enters a layer apart from those without."""
+    joined: list[list[_Part]] = []
+    for part in parts:
+        latest = joined[-1] if joined else []
+        rows = sum(len(other.ids) for other in latest) + len(part.ids)
+        alike = latest and (latest[0].entry is None) == (part.entry is None)
+        if alike and rows <= ROWS_PER_PASS:
+            latest.append(part)
+        else:
+            joined.append([part])
+    return [_concatenate(group) for group in joined]
+
+
+def _concatenate(parts: Sequence[_Part]) -> _Part:
+    """Parts that begin at the same layer as one. What they are padded with is masked."""
+    width = max(part.ids.shape[1] for part in parts)
+    ids = [pad(part.ids, (0, width - part.ids.shape[1])) for part in parts]
+    masks = [pad(part.mask, (0, width - part.mask.shape[1])) for part in parts]
+    entries = [
+        pad(part.entry, (0, 0, 0, width - part.entry.shape[1]))
+        for part in parts
+        if part.entry is not None
+    ]
+    return _Part(
+        torch.cat(ids),
+        torch.cat(masks),
+        torch.cat([part.subjects for part in parts]),
+        parts[0].first,
+        torch.cat(entries) if entries else None,
+    )

@@ -20,7 +20,7 @@ from app.editing.optimisers import OPTIMISERS, Optimiser, Stall
 from app.editing.parameters import ValueParameters
 from app.editing.sayings import Sayings
 from app.editing.targets import FactRows, all_rows, gather_spots, span_of, trace_facts
-from app.weights.footprint import activation_budget, pack
+from app.weights.footprint import activation_budget, bytes_of, pack
 from app.weights.head import logits_of
 from app.weights.kernels import use_layouts
 from app.weights.language_model import LanguageModel
@@ -33,6 +33,7 @@ log = structlog.get_logger(__name__)
 TOLERANCE = {torch.float32: 1e-3}  # between suffix and whole passes, of the logits' spread
 COARSE_TOLERANCE = 0.1  # the same in half precision
 MOST_RECORDED = 128  # tokens of a pass; with more, a step is nearly all kernels
+RECORDED_COPIES = 6  # of a step's activations, there and back, while it is recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +179,10 @@ class _Search:
         self._optimiser: Optimiser = optimiser(self._hidden.shape, settings.learning_rate, device)
         self._stall = Stall(settings.patience, self._count, device)
         self._losses = Repeated()
-        self._expected: Tensor | None = (
-            self._unchanged
-        )  # at all spots; from here on, of the essence only
+        self._expected: Tensor | None = self._unchanged  # at all spots, for the first step
         self._unchanged = self._unchanged[self._spots.targets :].clone()
+        layers = max(1, loaded.anatomy.depth - layer - 1)
+        self._bytes = bytes_of(facts[0].workload, model, loaded.anatomy, layers)
 
     def run(self, tell: Callable[[int], None]) -> list[Value]:
         keys, hidden = self._keys, self._hidden
@@ -196,7 +197,7 @@ class _Search:
             done = [True] * len(active) if last else self._are_done(nll, totals)
             for place, fact in enumerate(active):
                 if done[place]:
-                    delta = (self._unit[place] * z[place]).clone()
+                    delta = self._unit[place] * z[place]
                     found[fact] = Value(delta, losses[place], step, keys[fact], hidden[fact])
             stays = [place for place in range(len(active)) if not done[place]]
             if not stays:
@@ -206,22 +207,31 @@ class _Search:
             if len(stays) < len(active):
                 self._keep(stays)
                 active = [active[place] for place in stays]
+        self._losses.forget()
         return [found[fact] for fact in range(self._count)]
 
     def _evaluate(self, z: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Per active fact, the target's loss and the one that is minimised. Of facts that leave
-        one after the other each would ask for another tape."""
-        last = step == self._settings.steps
-        record = len(z) == 1 and self._pass.tokens <= MOST_RECORDED
-        loss = self._compute_losses
+        """Per active fact, the target's loss and the one that is minimised."""
+        loss, last = self._compute_losses, step == self._settings.steps
+        record = step == 0 and self._is_recorded()
         logprobs, nll, totals = self._losses.forward(loss, z, last=last, record=record)
-        if step == 0 and not self._is_as_whole(logprobs):
-            self._pass.run_whole()
-            self._losses.forget()
-            _, nll, totals = self._losses.forward(loss, z, last=last, record=record)
         if step == 0 and self._losses.refusal:
             log.info("value search: not recorded", layer=self._layer, why=self._losses.refusal)
+        if step == 0 and self.whole is None and not self._is_as_whole(logprobs):
+            self._pass.run_whole()
+            self._losses.forget()
+            _, nll, totals = self._losses.forward(loss, z, last=last, record=False)
         return nll, totals
+
+    def _is_recorded(self) -> bool:
+        """Whether there is one fact, since of those that leave one after the other each would ask
+        for another tape, few enough tokens, and the memory: a recording keeps a whole step."""
+        return (
+            self._count == 1
+            and self.whole is None
+            and self._pass.tokens <= MOST_RECORDED
+            and RECORDED_COPIES * self._bytes <= activation_budget(self._owners.device)
+        )
 
     def _are_done(self, nll: Tensor, totals: Tensor) -> list[bool]:
         settings = self._settings
@@ -279,16 +289,16 @@ class _Search:
         return logprobs, nll, nll + settings.kl_weight * kl + settings.weight_decay * decay
 
     def _is_as_whole(self, logprobs: Tensor) -> bool:
-        """Compare the first step, where nothing is changed yet, with the whole pass."""
-        expected, self._expected = self._expected, None
-        assert expected is not None
+        """Compare the first step, where nothing is changed yet, with the whole pass; remember and
+        tell where they differ."""
+        assert self._expected is not None
         tolerance = TOLERANCE.get(self._model.dtype, COARSE_TOLERANCE)
-        error = float((logprobs - expected).std() / expected.std())
-        if self.whole is None and error > tolerance:
+        error = float((logprobs - self._expected).std() / self._expected.std())
+        self._expected = None
+        if error > tolerance:
             self.whole = f"suffix passes differ by {error:.1e} of the logits' spread"
             log.warning("value search: whole passes", layer=self._layer, reason=self.whole)
-            return False
-        return True
+        return error <= tolerance
 
     def _logprobs(self, hidden: Tensor) -> Tensor:
         """Next-token log-probabilities ``(spots, vocabulary)``."""

@@ -32,6 +32,11 @@ class Workload:
     spots: int
 
 
+def bytes_of(workload: Workload, model: PreTrainedModel, anatomy: Anatomy, layers: int) -> int:
+    """Bytes that the activations of one differentiable pass take."""
+    return _Sizes.of(model, anatomy, layers).bytes_of(workload)
+
+
 def pack(
     workloads: Sequence[Workload],
     model: PreTrainedModel,

@@ -88,7 +88,8 @@ def use_layouts(modules: Iterable[nn.Module], layouts: LayoutCache) -> None:
 
 
 class _Product(torch.autograd.Function):
-    """``multiply``, differentiable once in its inputs; ``back`` is the transpose of ``there``."""
+    """``multiply``, differentiable in its inputs once: a graph of the gradient is refused. ``back``
+    is the transpose of ``there``."""
 
     @staticmethod
     def forward(

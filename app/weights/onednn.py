@@ -17,6 +17,11 @@ from torch._ops import OpOverload
 KEPT_FORMS = 128  # of products, each of which costs 0.3 to 0.5 ms and 0.6 MB of code
 ROW_UNIT, FILLED_BELOW = 4, 64  # few rows are filled up, so that products come in few forms
 EXPECTED_ROWS = 32  # the layout for so many suits others as well
+NOTHING_BEHIND: tuple[str, list[float], str] = (
+    "none",
+    [],
+    "",
+)  # the product: an activation could be fused with it
 
 
 def is_available() -> bool:
@@ -53,12 +58,16 @@ def lay_out(weight: Tensor) -> Matrix:
 def multiply(inputs: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     """``inputs · weightᵀ + bias`` ``(…, out)`` in fp32 for ``inputs`` ``(…, in)``; not
     differentiable."""
+    found: Tensor
+    if matrix.laid_out:
+        found = _operator()(inputs, matrix.weight, bias, *NOTHING_BEHIND)
+        return found
     flat = inputs.reshape(-1, inputs.shape[-1])
     count = len(flat)
-    rest = -count % ROW_UNIT if count < FILLED_BELOW and not matrix.laid_out else 0
+    rest = -count % ROW_UNIT if count < FILLED_BELOW else 0
     if rest:
         flat = nn.functional.pad(flat, (0, 0, 0, rest))
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(flat, matrix.weight, bias, "none", [], "")
+    found = _operator()(flat, matrix.weight, bias, *NOTHING_BEHIND)
     return found[:count].view(*inputs.shape[:-1], matrix.outputs)
 
 

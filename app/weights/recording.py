@@ -6,16 +6,19 @@ tensor as steps that can be run again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 INPUT = 0  # the register of the tensor that all steps depend on
+MASKS = {torch.bool, torch.uint8}
+REPLACING = {torch.Tag.inplace_view, torch.Tag.out}  # what an argument is, not only what it holds
 
 
 class CannotRecord(Exception):
@@ -25,7 +28,8 @@ class CannotRecord(Exception):
 @dataclass(slots=True)
 class Step:
     """One operator with the registers of its arguments, of those that go by name, of its results
-    (by their index, or of the only one), and of those that nothing reads any more."""
+    (by their index, or of the only one), and of those that nothing reads any more; whether it
+    ``changes`` an argument."""
 
     operator: Callable[..., Any]
     arguments: tuple[int, ...]
@@ -33,6 +37,12 @@ class Step:
     result: int | None = None
     results: tuple[tuple[int, int], ...] = ()
     done: tuple[int, ...] = ()
+    changes: bool = False
+
+    @property
+    def filled(self) -> list[int]:
+        only = [] if self.result is None else [self.result]
+        return only + [register for _, register in self.results]
 
 
 def run_steps(steps: Sequence[Step], registers: list[Any]) -> None:
@@ -51,16 +61,19 @@ def run_steps(steps: Sequence[Step], registers: list[Any]) -> None:
             registers[register] = None
 
 
-def let_go(steps: Sequence[Step], kept: set[int]) -> None:
-    """Have each step empty the registers that it is the last to read or fill."""
-    seen = set(kept)
+def prune(steps: Sequence[Step], read: set[int]) -> list[Step]:
+    """The steps without those that fill nothing that is ``read`` later; each empties the registers
+    that it is the last to read. What the steps read is added to ``read``."""
+    kept = []
     for step in reversed(steps):
-        used = {*step.arguments, *(register for _, register in step.named)}
-        used.update(register for _, register in step.results)
-        if step.result is not None:
-            used.add(step.result)
-        step.done = tuple(used - seen)
-        seen |= used
+        filled = step.filled
+        if filled and not step.changes and read.isdisjoint(filled):
+            continue
+        used = {*filled, *step.arguments, *(register for _, register in step.named)}
+        step.done = tuple(used - read)
+        read |= used
+        kept.append(step)
+    return kept[::-1]
 
 
 @dataclass(slots=True)
@@ -77,6 +90,15 @@ class Call:
     changes: tuple[int, ...] = ()
 
     @property
+    def goes_by_numbers(self) -> bool:
+        """Whether the result's shape depends on what the arguments hold. ``index`` may only do so:
+        by booleans."""
+        if torch.Tag.dynamic_output_shape not in self.operator.tags:
+            return False
+        kinds = {tensor.dtype for tensor in _tensors_in(self.arguments[1:])}
+        return self.operator.overloadpacket is not torch.ops.aten.index or bool(kinds & MASKS)
+
+    @property
     def given(self) -> tuple[Any, ...]:
         return (*self.arguments, *self.named.values())
 
@@ -90,8 +112,8 @@ class Call:
 
 
 class _Notes:
-    """Notes every call that reaches the dispatcher below autograd. It keeps all tensors alive, so
-    that storages have an identity."""
+    """What ``Recorder`` does. PyTorch's ``__init_subclass__`` wraps a method that a mode defines
+    itself, which takes a quarter of a call's time; one that it inherits stays as it is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +127,8 @@ class _Notes:
 
 
 class Recorder(_Notes, TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """PyTorch wraps what a mode itself defines, at a quarter of a call's cost."""
+    """Notes every call that reaches the dispatcher below autograd. It keeps all tensors alive, so
+    that storages have an identity."""
 
 
 class Program:
@@ -126,16 +149,18 @@ class Program:
         self._survey(calls)
         self._dynamic = _find_dynamic(calls, self._storage(given))
 
-    def translate(self, calls: Sequence[Call]) -> list[Step]:
-        """The steps of these calls, to which views go that ``find`` is asked for behind them."""
+    def translate(self, calls: Sequence[Call], wanted: Sequence[Tensor]) -> list[Step]:
+        """The steps of these calls, behind which ``find`` gives the registers of what is wanted."""
         self._steps = []
         for call in calls:
             if not self._dynamic.isdisjoint(call.reads + call.fills):
                 self._translate(call)
+        for tensor in wanted:
+            self._find_tensor(tensor)
         return self._steps
 
     def find(self, value: Any) -> int:
-        """The register of an argument or a result."""
+        """The register of an argument, or of a tensor that was wanted."""
         if _is_tensor(value):
             return self._find_tensor(value)
         if isinstance(value, (list, tuple)) and any(map(self._is_dynamic, _tensors_in(value))):
@@ -145,6 +170,10 @@ class Program:
     def _survey(self, calls: Sequence[Call]) -> None:
         known, made = set(self._bases), set[int]()
         for call in calls:
+            if not isinstance(call.operator, OpOverload) or not REPLACING.isdisjoint(
+                call.operator.tags
+            ):
+                raise CannotRecord(f"{call.operator} is no plain operator")
             call.reads = tuple(map(self._storage, _tensors_in(call.given)))
             known.update(call.reads)
             for tensor in _tensors_in((call.result,)):
@@ -164,10 +193,13 @@ class Program:
             if not _tensors_in((call.result,)):
                 raise CannotRecord(f"{call.operator} tells what a tensor holds")
             return  # a view
+        if call.goes_by_numbers:
+            raise CannotRecord(f"{call.operator} gives a shape that goes by what a tensor holds")
         step = Step(
             call.operator,
             tuple(self.find(value) for value in call.arguments),
             tuple((name, self.find(value)) for name, value in call.named.items()),
+            changes=bool(call.changes),
         )
         if _is_tensor(call.result):
             step.result = self._new_place(call.result) if call.fills else None
@@ -187,6 +219,8 @@ class Program:
                 found = self._places.get(place)
                 if found is None:
                     found = self._places[place] = self._take_view(tensor)
+            elif tensor.requires_grad:
+                raise CannotRecord("a tensor was made where the dispatcher doesn't see it")
             else:
                 found = self._new_constant(tensor)
             self._known[id(tensor)] = found
@@ -247,8 +281,8 @@ def _is_tensor(value: Any) -> bool:
 
 
 @cache  # PyTorch takes a microsecond to say that a number is no tensor
-def _is_kind_of_tensor(kind: Hashable) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Tensor)
+def _is_kind_of_tensor(kind: type) -> bool:
+    return issubclass(kind, Tensor)
 
 
 def _tensors_in(values: Sequence[Any]) -> list[Tensor]:

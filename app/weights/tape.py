@@ -3,7 +3,8 @@
 Where little is multiplied, half of a step of an optimisation is spent on the way to the kernels:
 in Python, in autograd, in views of views. What reaches the kernels is the same at each step. So
 one step is recorded below autograd, operator by operator, and later ones call these operators in
-the same order, with the same results to the bit (docs/decisions/tapes.md).
+the same order, with the same results, for the operators of language models to the bit
+(docs/decisions/tapes.md).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from app.weights.recording import INPUT, CannotRecord, Program, Recorder, let_go, run_steps
+from app.weights.recording import INPUT, CannotRecord, Program, Recorder, prune, run_steps
 
 Loss = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -26,26 +27,29 @@ class Tape:
     the loss reads must stay as it is.
 
     Raises:
-        CannotRecord: the loss goes by its input's values other than through operators (``item``),
-            or changes a tensor that it didn't make.
+        CannotRecord: the loss goes by what its input holds (``item``, shapes), changes a tensor
+            that it didn't make, or computes out of the dispatcher's sight. What it takes from a
+            tensor as an array (``numpy``) isn't noticed.
     """
 
     def __init__(self, loss: Loss, inputs: Tensor) -> None:
-        given = inputs.detach().requires_grad_()
+        given = _copy(inputs).requires_grad_()
         recorder = Recorder()
         with recorder, torch.enable_grad():
             outputs = loss(given)
             cut = len(recorder.calls)
             (gradient,) = torch.autograd.grad(outputs[-1].sum(), given)
         program = Program(recorder.calls, given)
-        self._there = program.translate(recorder.calls[:cut])
+        there = program.translate(recorder.calls[:cut], outputs)
+        back = program.translate(recorder.calls[cut:], [gradient])
         self._outputs = [program.find(output) for output in outputs]
-        self._back = program.translate(recorder.calls[cut:])
         self._gradient = program.find(gradient)
         if self._gradient in program.constants:
             raise CannotRecord("its gradient was not seen")
         kept = [*self._outputs, self._gradient]
-        let_go([*self._there, *self._back], {*program.constants, *kept})
+        read = {*program.constants, *kept}
+        self._back = prune(back, read)
+        self._there = prune(there, read)
         self._registers = program.registers
         for register, tensor in zip(kept, [*outputs, gradient], strict=True):
             self._registers[register] = tensor.detach()
@@ -61,7 +65,7 @@ class Tape:
 
     @torch.no_grad()
     def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        self._registers[INPUT] = inputs
+        self._registers[INPUT] = _copy(inputs)
         run_steps(self._there, self._registers)
         return self.outputs
 
@@ -73,8 +77,8 @@ class Tape:
 
 
 class Repeated:
-    """A loss that is computed at one point after the other, ``backward`` behind ``forward``. It
-    isn't kept: a cycle through what it reads would hold that until the next garbage collection."""
+    """A loss computed at one point after the other, ``backward`` behind ``forward``. The loss isn't
+    kept: a cycle through what it reads would hold that until the next garbage collection."""
 
     def __init__(self) -> None:
         self._tape: Tape | None = None
@@ -84,7 +88,7 @@ class Repeated:
     def forward(
         self, loss: Loss, inputs: Tensor, *, last: bool, record: bool
     ) -> tuple[Tensor, ...]:
-        """The loss's outputs; from a tape from now on if it is to ``record`` and can. The ``last``
+        """The loss's outputs, from now on from a tape if it is to ``record`` and can. The ``last``
         has no gradient."""
         if self._tape is not None:
             self._backward = self._tape.backward
@@ -110,4 +114,9 @@ class Repeated:
 
     def forget(self) -> None:
         """The loss is another from now on."""
-        self._tape = self._backward = None
+        self._tape = self._backward = self.refusal = None
+
+
+def _copy(inputs: Tensor) -> Tensor:
+    """By itself and in one piece, as the views of a tape expect it."""
+    return inputs.detach().clone(memory_format=torch.contiguous_format)

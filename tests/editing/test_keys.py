@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from app.domain import SUBJECT_SLOT, Fact
 from app.editing import keys as keys_module
 from app.editing.keys import KeyReader, solve_keys
 from app.weights.fork import graft
 from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
+from app.weights.prompts import trace_prompt
+from app.weights.tracing import changing_output, tracing_input
 from tests.editing.conftest import FACTS, MakeEditor
 from tests.tiny import CONFIGS
 
@@ -49,25 +52,77 @@ def counting_runs(model: nn.Module, loaded: LoadedModel) -> Iterator[list[int]]:
             handle.remove()
 
 
+def read_plainly(
+    model: LanguageModel, loaded: LoadedModel, fact: Fact, context: str, layer: int
+) -> tuple[Tensor, Tensor]:
+    """One row, whole: what enters the projection and what leaves the layer at the subject."""
+    row = trace_prompt(loaded, context.replace(SUBJECT_SLOT, fact.template, 1), fact.subject)
+    seen: dict[str, Tensor] = {}
+
+    def pick(tensor: Tensor) -> Tensor:
+        return tensor.reshape(len(row.ids), -1)[row.subject]
+
+    def see_output(output: Tensor) -> Tensor:
+        seen["hidden"] = pick(output)
+        return output
+
+    def see_key(inputs: Tensor) -> None:
+        seen["key"] = pick(inputs)
+
+    with (
+        torch.no_grad(),
+        tracing_input(loaded.anatomy.projection(model, layer), see_key),
+        changing_output(loaded.anatomy.layer(model, layer), see_output),
+    ):
+        model(input_ids=torch.tensor([row.ids]))
+    return seen["key"], seen["hidden"]
+
+
 @pytest.mark.parametrize("model_type", sorted(CONFIGS))
-@pytest.mark.parametrize("room", [0, MUCH])
-def test_a_reader_gives_what_the_edited_model_gives_anew(
-    make_editor: MakeEditor, model_type: str, room: int
+@pytest.mark.parametrize(("layers", "rows_per_pass"), [((0, 1, 2, 3), 4), ((1, 3), 64)])
+def test_a_reader_gives_what_the_edited_model_gives_each_row_alone(
+    make_editor: MakeEditor,
+    model_type: str,
+    layers: tuple[int, ...],
+    rows_per_pass: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(keys_module, "ROWS_PER_PASS", rows_per_pass)
     _, views = make_editor(model_type)
     model, loaded = views.private(()), views.loaded
-    reader = KeyReader(model, loaded, FACTS, CONTEXTS, room)
-    for layer in (0, 1, 2):
-        found = reader.keys(layer)
-        hidden = reader.hidden(2)
-        torch.testing.assert_close(found, solve_keys(model, loaded, FACTS, layer, CONTEXTS))
-        expected = KeyReader(model, loaded, FACTS, CONTEXTS, 0)
-        torch.testing.assert_close(hidden, expected.hidden(2))
-        if layer < 2:
-            edit(model, loaded, layer)
-    both = reader.keys_and_hidden(2)
-    torch.testing.assert_close(both[0], found)
-    torch.testing.assert_close(both[1], hidden)
+    last = layers[-1]
+
+    def expect(found: Tensor, layer: int, contexts: Sequence[str], which: int) -> None:
+        rows = [
+            read_plainly(model, loaded, fact, context, layer)[which]
+            for fact in FACTS
+            for context in contexts
+        ]
+        torch.testing.assert_close(found, torch.stack(rows).view(found.shape), rtol=1e-4, atol=1e-4)
+
+    reader = KeyReader(model, loaded, FACTS, CONTEXTS, MUCH)
+    for layer in layers:
+        if layer == last:
+            keys, hidden = reader.keys_and_hidden(layer)
+        else:
+            keys, hidden = reader.keys(layer), reader.hidden(last)
+        expect(keys, layer, CONTEXTS, 0)
+        expect(hidden, last, CONTEXTS[:1], 1)
+        edit(model, loaded, layer)
+
+
+def test_bare_prompts_are_read_in_as_few_passes_as_they_fill(make_editor: MakeEditor) -> None:
+    _, views = make_editor()
+    model, loaded = views.private(()), views.loaded
+    contexts = ("{}", *(f"Word number {number} here. {{}}" for number in range(20)))
+    for room in (0, MUCH):
+        reader = KeyReader(model, loaded, FACTS * 5, contexts, room)
+        with counting_runs(model, loaded) as seen:
+            reader.keys(0)
+            assert len(seen) == 5  # three facts in 21 contexts each
+            seen.clear()
+            reader.hidden(0)
+            assert len(seen) == 1
 
 
 def test_layers_before_the_one_read_last_are_not_run_again(make_editor: MakeEditor) -> None:
@@ -86,7 +141,7 @@ def test_layers_before_the_one_read_last_are_not_run_again(make_editor: MakeEdit
 def test_what_entered_a_layer_is_kept_only_where_there_is_room(
     make_editor: MakeEditor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keys_module, "ROWS_PER_PASS", 2)  # a fact a pass
+    monkeypatch.setattr(keys_module, "ROWS_PER_PASS", len(CONTEXTS))  # a fact a pass
     _, views = make_editor()
     model, loaded = views.private(()), views.loaded
     width, _ = loaded.anatomy.shape(model, 0)
@@ -97,3 +152,6 @@ def test_what_entered_a_layer_is_kept_only_where_there_is_room(
     assert [part.entry is not None for part in reader._parts] == [True, True, False]
     edit(model, loaded, 0)
     torch.testing.assert_close(reader.keys(1), solve_keys(model, loaded, FACTS, 1, CONTEXTS))
+    torch.testing.assert_close(
+        reader.hidden(2), KeyReader(model, loaded, FACTS, CONTEXTS, 0).hidden(2)
+    )

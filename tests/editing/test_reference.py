@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from structlog.testing import capture_logs
 from torch import Tensor
 
+from app.domain import Fact
 from app.editing.editor import Editor
 from app.editing.parameters import ValueParameters
 from app.editing.values import MOST_RECORDED, Value, optimise_values
@@ -68,29 +70,60 @@ def test_a_value_is_the_plain_searchs(
         torch.testing.assert_close(value.hidden, plain.hidden, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("optimiser", ["adam", "polyak"])
 @pytest.mark.parametrize("model_type", sorted(CONFIGS))
 def test_a_value_found_by_a_tape_is_the_one_found_without_to_the_bit(
-    make_editor: MakeEditor, model_type: str, monkeypatch: pytest.MonkeyPatch
+    make_editor: MakeEditor,
+    model_type: str,
+    optimiser: Literal["adam", "polyak"],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    editor, views = make_editor(model_type)
-    contexts = editor._context_templates(2, 10)
-    settings = ValueParameters(steps=STEPS, stop_loss=0.0, patience=0)
+    _, views = make_editor(model_type, "bfloat16" if optimiser == "adam" else "float32")
+    settings = ValueParameters(steps=STEPS, optimiser=optimiser, stop_loss=0.0, patience=0)
+    recorded = count_tapes(monkeypatch)
+    found = []
+    for most in (MOST_RECORDED, 0):
+        monkeypatch.setattr("app.editing.values.MOST_RECORDED", most)
+        model = views.private(())
+        found += optimise_values(model, views.loaded, FACTS[:1], 1, ("{}", "A book. {}"), settings)
+    assert len(recorded) == 1
+    assert torch.equal(found[0].delta, found[1].delta)
+    assert found[0].loss == found[1].loss
+
+
+def test_one_fact_on_few_tokens_is_recorded_once_others_are_not(
+    make_editor: MakeEditor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, views = make_editor()
+    settings = ValueParameters(steps=STEPS)
+    recorded = count_tapes(monkeypatch)
+
+    def search(facts: Sequence[Fact]) -> int:
+        before = len(recorded)
+        optimise_values(views.private(()), views.loaded, facts, 1, ("{}",), settings)
+        return len(recorded) - before
+
+    assert search(FACTS[:1]) == 1
+    assert search(FACTS) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("app.editing.values.activation_budget", lambda _: 1000)
+        assert search(FACTS[:1]) == 0
+    monkeypatch.setattr("app.editing.values.TOLERANCE", {torch.float32: -1.0})
+    with capture_logs() as logs:
+        assert search(FACTS[:1]) == 1  # the first step, before it is seen to differ
+    assert [entry["event"] for entry in logs] == ["value search: whole passes"]
+
+
+def count_tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     recorded: list[Tape] = []
+    make = Tape.__init__
 
     def note(self: Tape, *given: Any) -> None:
         make(self, *given)
         recorded.append(self)
 
-    make = Tape.__init__
     monkeypatch.setattr(Tape, "__init__", note)
-    found = []
-    for most in (MOST_RECORDED, 0):
-        monkeypatch.setattr("app.editing.values.MOST_RECORDED", most)
-        model = views.private(())
-        found += optimise_values(model, views.loaded, FACTS[:1], 1, contexts, settings)
-    assert len(recorded) == 1
-    assert torch.equal(found[0].delta, found[1].delta)
-    assert found[0].loss == found[1].loss
+    return recorded
 
 
 @pytest.mark.skipif(not is_available(), reason="PyTorch was built without oneDNN")

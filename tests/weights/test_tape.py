@@ -111,6 +111,14 @@ def test_a_tape_gives_the_bytes_of_the_loss_at_any_point(loss: Loss) -> None:
         expect_same(loss, tape, draw(seed))
 
 
+def test_inputs_may_lie_otherwise_than_the_recorded_ones() -> None:
+    many = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(5))
+    for inputs in (many[1].T, many[:, :, 0].repeat(2, 1)[1:], many[1, :, :1].T.expand(SHAPE)):
+        for loss in (use_part_of_the_input, multiply_by_matrix):
+            expect_same(loss, Tape(loss, draw(0)), inputs)
+            expect_same(loss, Tape(loss, inputs), draw(1))
+
+
 def test_points_may_be_left_without_a_gradient() -> None:
     tape = Tape(multiply_by_matrix, draw(0))
     tape.forward(draw(1))
@@ -120,11 +128,12 @@ def test_points_may_be_left_without_a_gradient() -> None:
 def test_what_does_not_depend_on_the_input_is_left_out() -> None:
     def loss(z: Tensor) -> tuple[Tensor, ...]:
         mask = torch.ones(4).cumsum(0).sqrt().exp().log1p().neg().relu()
+        z.detach().cos()
         return ((z + mask).view(-1)[None].T.flatten().square(),)
 
     tape = Tape(loss, draw(0))
     called = [str(step.operator) for step in tape._there]
-    # A view is taken where it is read, and there only.
+    # A view is taken where it is read, and there only; what nobody reads isn't computed.
     assert [name for name in called if "as_strided" not in name] == [
         "aten.add.Tensor",
         "aten.pow.Tensor_Scalar",
@@ -174,9 +183,43 @@ class _Unseen(torch.autograd.Function):
         return OUTSIDE
 
 
+class _PartlyUnseen(torch.autograd.Function):
+    """A kernel that PyTorch knows nothing of."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return torch.from_numpy(z.detach().numpy() ** 2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        found: Tensor = 2 * z * gradient
+        return found
+
+
+def take_what_is_positive(z: Tensor) -> tuple[Tensor, ...]:
+    return (z[z > 0].square(),)
+
+
+def count_what_is_positive(z: Tensor) -> tuple[Tensor, ...]:
+    return (z * len((z.detach() > 0).nonzero()),)
+
+
+def turn_in_place(z: Tensor) -> tuple[Tensor, ...]:
+    doubled = z * 2
+    before = doubled.exp()
+    doubled.t_()
+    return (before * doubled.T,)
+
+
 @pytest.mark.parametrize(
     ("loss", "why"),
     [
+        (take_what_is_positive, "a shape that goes by"),
+        (count_what_is_positive, "a shape that goes by"),
+        (turn_in_place, "no plain operator"),
+        (lambda z: (z + _PartlyUnseen.apply(z),), "doesn't see it"),  # type: ignore[no-untyped-call]
         (ask_for_a_number, "_local_scalar_dense"),
         (change_a_tensor_outside, "was there before"),
         (count_its_calls, "was there before"),

@@ -33,6 +33,7 @@ log = structlog.get_logger(__name__)
 TOLERANCE = {torch.float32: 1e-3}  # between suffix and whole passes, of the logits' spread
 COARSE_TOLERANCE = 0.1  # the same in half precision
 MOST_RECORDED = 128  # tokens of a pass; with more, a step is nearly all kernels
+LEAST_AHEAD = 8  # steps; three to five make up for a recording, on some models more
 RECORDED_COPIES = 6  # of a step's activations, there and back, while it is recorded
 
 
@@ -213,21 +214,26 @@ class _Search:
     def _evaluate(self, z: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Per active fact, the target's loss and the one that is minimised."""
         loss, last = self._compute_losses, step == self._settings.steps
-        record = step == 0 and self._is_recorded()
+        record = self._pays_to_record(step)
         logprobs, nll, totals = self._losses.forward(loss, z, last=last, record=record)
-        if step == 0 and self._losses.refusal:
-            log.info("value search: not recorded", layer=self._layer, why=self._losses.refusal)
         if step == 0 and self.whole is None and not self._is_as_whole(logprobs):
             self._pass.run_whole()
             self._losses.forget()
             _, nll, totals = self._losses.forward(loss, z, last=last, record=False)
         return nll, totals
 
-    def _is_recorded(self) -> bool:
-        """Whether there is one fact, since of those that leave one after the other each would ask
-        for another tape, few enough tokens, and the memory: a recording keeps a whole step."""
+    def _pays_to_record(self, step: int) -> bool:
+        """Whether there is one fact (of those that leave one after the other each would ask for
+        another tape), few tokens, the memory (a recording keeps a whole step), and steps ahead
+        that make up for it: a search that may stop early is taken to go on for as long as it has
+        lasted."""
+        settings = self._settings
+        ahead = settings.steps - step
+        if settings.stop_loss or settings.stop_target or settings.patience:
+            ahead = min(ahead, step)
         return (
             self._count == 1
+            and ahead >= LEAST_AHEAD
             and self.whole is None
             and self._pass.tokens <= MOST_RECORDED
             and RECORDED_COPIES * self._bytes <= activation_budget(self._owners.device)

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import structlog
 import torch
 from torch import Tensor
 
 from app.weights.recording import INPUT, CannotRecord, Program, Recorder, prune, run_steps
+
+log = structlog.get_logger(__name__)
 
 Loss = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -83,7 +86,7 @@ class Repeated:
     def __init__(self) -> None:
         self._tape: Tape | None = None
         self._backward: Callable[[], Tensor] | None = None
-        self.refusal: str | None = None
+        self._refused = False
 
     def forward(
         self, loss: Loss, inputs: Tensor, *, last: bool, record: bool
@@ -93,11 +96,12 @@ class Repeated:
         if self._tape is not None:
             self._backward = self._tape.backward
             return self._tape.forward(inputs)
-        if record and not last and self.refusal is None:
+        if record and not last and not self._refused:
             try:
                 tape = self._tape = Tape(loss, inputs)
             except CannotRecord as refused:
-                self.refusal = str(refused)
+                self._refused = True
+                log.info("a loss can't be recorded", reason=str(refused))
             else:
                 self._backward = lambda: tape.gradient
                 return tape.outputs
@@ -114,7 +118,8 @@ class Repeated:
 
     def forget(self) -> None:
         """The loss is another from now on."""
-        self._tape = self._backward = self.refusal = None
+        self._tape = self._backward = None
+        self._refused = False
 
 
 def _copy(inputs: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from app.domain import Fact
 from app.editing.editor import Editor
 from app.editing.parameters import ValueParameters
-from app.editing.values import MOST_RECORDED, Value, optimise_values
+from app.editing.values import LEAST_AHEAD, MOST_RECORDED, Value, optimise_values
 from app.weights.delta import Delta, LowRank
 from app.weights.laid_out import LayoutCache
 from app.weights.onednn import is_available
@@ -95,7 +95,7 @@ def test_one_fact_on_few_tokens_is_recorded_once_others_are_not(
     make_editor: MakeEditor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, views = make_editor()
-    settings = ValueParameters(steps=STEPS)
+    settings = ValueParameters(steps=STEPS, stop_loss=0.0, patience=0)
     recorded = count_tapes(monkeypatch)
 
     def search(facts: Sequence[Fact]) -> int:
@@ -112,6 +112,24 @@ def test_one_fact_on_few_tokens_is_recorded_once_others_are_not(
     with capture_logs() as logs:
         assert search(FACTS[:1]) == 1  # the first step, before it is seen to differ
     assert [entry["event"] for entry in logs] == ["value search: whole passes"]
+
+
+@pytest.mark.parametrize(("stop_loss", "tapes"), [(1e-9, 1), (50.0, 0)])
+def test_a_search_that_may_stop_early_is_recorded_once_it_has_lasted(
+    make_editor: MakeEditor, monkeypatch: pytest.MonkeyPatch, stop_loss: float, tapes: int
+) -> None:
+    _, views = make_editor()
+    settings = ValueParameters(steps=2 * LEAST_AHEAD, stop_loss=stop_loss, patience=0)
+    recorded = count_tapes(monkeypatch)
+    known: list[int] = []  # tapes before each step
+
+    def tell(_: str, step: int, of: int) -> None:
+        known.append(len(recorded))
+
+    optimise_values(views.private(()), views.loaded, FACTS[:1], 1, ("{}",), settings, tell)
+    assert len(recorded) == tapes
+    if tapes:
+        assert known.index(1) == LEAST_AHEAD + 1
 
 
 def count_tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:

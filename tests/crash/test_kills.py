@@ -170,7 +170,7 @@ def kill_often(
 def test_a_server_killed_at_random_instants_keeps_what_it_acknowledged(
     kill_often: Callable[[int, Pace], Tally],
 ) -> None:
-    kill_often(16, Pace(0.3, 30))
+    kill_often(16, Pace(0.6, 30))
 
 
 @pytest.mark.slow

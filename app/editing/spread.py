@@ -144,8 +144,7 @@ def _observe(
         found, now = reader.keys_and_hidden(layer)
     else:
         found = reader.keys(layer)
-        first = index == 0
-        now = torch.stack([v.hidden for v in values]) if first else reader.hidden(last)
+        now = reader.hidden(last) if index else torch.stack([value.hidden for value in values])
     return found.mean(dim=1).T.double().cpu(), now
 
 

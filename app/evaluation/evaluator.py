@@ -27,12 +27,9 @@ from app.evaluation.locality import names
 from app.evaluation.perplexity import FixedText, surprise
 from app.evaluation.prompt_kinds import PROMPT_KINDS
 from app.evaluation.scoring import Score, next_logprobs, score_targets
-from app.weights.decoding import decode_greedily, encode_prompt
-from app.weights.language_model import LanguageModel
-from app.weights.prompts import target_length
+from app.evaluation.states import ANSWER_TOKENS, Asked, States
+from app.weights.decoding import encode_prompt
 from app.weights.views import ViewCache
-
-ANSWER_TOKENS = 8  # enough for a name; longer targets get as many tokens as they have
 
 
 @dataclass(slots=True)
@@ -87,20 +84,25 @@ class Evaluator:
         With ``full``, paraphrase, locality (the answer is the one before the edit) and
         portability prompts are generated too; otherwise only the facts' own prompts.
         """
-        old = self._views.get(before).model
-        said_before = iter(
-            self._answers(old, _own_pairs(facts) + (_side_pairs(facts) if full else []))
+        states, count = States(self._views), len(facts)
+        own, own_before = _own(facts, after), _own(facts, [before] * count)
+        others: list[Asked] = []
+        others_before: list[Asked] = []
+        if full:
+            others = _rephrased(facts, after) + _sides(facts, after)
+            others_before = _sides(facts, [before] * count)
+        said_before = states.answers(own_before + others_before)
+        said = states.answers(own + others)
+        tallies = [
+            _Tally([says(text, fact.target)])
+            for text, fact in zip(said[:count], facts, strict=True)
+        ]
+        if full:
+            _tally_others(tallies, facts, iter(said_before[count:]), iter(said[count:]))
+        found = zip(
+            facts, said_before[:count], said[:count], states.scores(own), tallies, strict=True
         )
-        own_before = [next(said_before) for _ in facts]
-        outcomes: list[FactOutcome] = []
-        tallies: list[_Tally] = []
-        for state, group in _by_state(facts, after):
-            new = self._views.get(state).model
-            said = self._hear(new, group, said_before, full=full)
-            scores = score_targets(new, self._loaded, _own_pairs(group))
-            for (text, tally), fact, score in zip(said, group, scores, strict=True):
-                outcomes.append(_outcome(fact, own_before[len(outcomes)], text, score, tally))
-                tallies.append(tally)
+        outcomes = [_outcome(*each) for each in found]
         return Assessment(tuple(outcomes), _metrics(outcomes, tallies))
 
     def read_texts(
@@ -158,11 +160,11 @@ class Evaluator:
         of it has) or up to the end of text, as it was generated: leading space kept, nothing cut
         off behind the first clause."""
         pairs = list(zip(prompts, expected or [""] * len(prompts), strict=True))
-        return self._answers(self._views.get(composition).model, pairs)
+        return States(self._views).answers([(composition, *pair) for pair in pairs])
 
     def recalls(self, composition: Composition, facts: Sequence[Fact]) -> list[bool]:
         """Whether the greedy continuation of each fact's prompt begins with its target."""
-        said = self._answers(self._views.get(composition).model, _own_pairs(facts))
+        said = States(self._views).answers(_own(facts, [composition] * len(facts)))
         return [says(text, fact.target) for text, fact in zip(said, facts, strict=True)]
 
     @property
@@ -203,62 +205,44 @@ class Evaluator:
                 f"Canary prompt {index + 1} can't be used. {error.detail}", field="canaries"
             ) from error
 
-    def _hear(
-        self, model: LanguageModel, facts: Sequence[Fact], before: Iterator[str], *, full: bool
-    ) -> list[tuple[str, _Tally]]:
-        """What one state says to each fact's own prompt, and the hits of all its prompts.
 
-        ``before`` gives the answers to locality and portability prompts before the edit.
-        """
-        pairs = _own_pairs(facts)
-        if full:
-            pairs += [(prompt, fact.target) for fact in facts for prompt in fact.rephrase_prompts]
-            pairs += _side_pairs(facts)
-        answers = iter(self._answers(model, pairs))
-        heard = []
-        for fact in facts:
-            text = next(answers)
-            heard.append((text, _Tally([says(text, fact.target)])))
-        if not full:
-            return heard
-        for fact, (_, tally) in zip(facts, heard, strict=True):
-            tally.paraphrase = [says(next(answers), fact.target) for _ in fact.rephrase_prompts]
-        for fact, (_, tally) in zip(facts, heard, strict=True):
-            for expectation in fact.locality:
-                held = _same(next(before), next(answers))
-                tally.locality.append(held)
-                own = names(expectation.prompt, fact.subject)
-                (tally.same_subject if own else tally.other_subjects).append(held)
-            tally.portability = [_follows(e, next(before), next(answers)) for e in fact.portability]
-        return heard
-
-    def _answers(self, model: LanguageModel, pairs: Sequence[tuple[str, str]]) -> list[str]:
-        """Greedy continuations, long enough to hold each pair's expected answer."""
-        distinct = list(dict.fromkeys(pairs))
-        lengths = [
-            max(ANSWER_TOKENS, target_length(self._loaded, prompt, answer))
-            if answer
-            else ANSWER_TOKENS
-            for prompt, answer in distinct
-        ]
-        prompts = [prompt for prompt, _ in distinct]
-        said = dict(
-            zip(distinct, decode_greedily(model, self._loaded, prompts, lengths), strict=True)
-        )
-        return [said[pair] for pair in pairs]
+def _own(facts: Sequence[Fact], states: Sequence[Composition]) -> list[Asked]:
+    """Each fact's own prompt and target, on its state."""
+    return [(state, fact.text, fact.target) for fact, state in zip(facts, states, strict=True)]
 
 
-def _own_pairs(facts: Sequence[Fact]) -> list[tuple[str, str]]:
-    return [(fact.text, fact.target) for fact in facts]
+def _rephrased(facts: Sequence[Fact], states: Sequence[Composition]) -> list[Asked]:
+    """Paraphrases with their targets, fact by fact."""
+    return [
+        (state, prompt, fact.target)
+        for fact, state in zip(facts, states, strict=True)
+        for prompt in fact.rephrase_prompts
+    ]
 
 
-def _side_pairs(facts: Sequence[Fact]) -> list[tuple[str, str]]:
+def _sides(facts: Sequence[Fact], states: Sequence[Composition]) -> list[Asked]:
     """Locality and portability prompts with their expected answers, fact by fact."""
     return [
-        (expectation.prompt, expectation.answer or "")
-        for fact in facts
+        (state, expectation.prompt, expectation.answer or "")
+        for fact, state in zip(facts, states, strict=True)
         for expectation in (*fact.locality, *fact.portability)
     ]
+
+
+def _tally_others(
+    tallies: Sequence[_Tally], facts: Sequence[Fact], before: Iterator[str], after: Iterator[str]
+) -> None:
+    """Count the hits of what was said to ``_rephrased`` and ``_sides``, and to the latter before
+    the edit."""
+    for tally, fact in zip(tallies, facts, strict=True):
+        tally.paraphrase = [says(next(after), fact.target) for _ in fact.rephrase_prompts]
+    for tally, fact in zip(tallies, facts, strict=True):
+        for expectation in fact.locality:
+            held = _same(next(before), next(after))
+            tally.locality.append(held)
+            own = names(expectation.prompt, fact.subject)
+            (tally.same_subject if own else tally.other_subjects).append(held)
+        tally.portability = [_follows(e, next(before), next(after)) for e in fact.portability]
 
 
 def _follows(expectation: Expectation, before: str, after: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from app.weights.decoding import Arrange
 from app.weights.head import hidden_states, logits_of
 from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
@@ -28,15 +29,20 @@ class Score:
 
 @torch.inference_mode()
 def score_targets(
-    model: LanguageModel, loaded: LoadedModel, pairs: Sequence[tuple[str, str]]
+    model: LanguageModel,
+    loaded: LoadedModel,
+    pairs: Sequence[tuple[str, str]],
+    arrange: Arrange | None = None,
 ) -> list[Score]:
     """Score each ``(prompt, target)`` pair, in the order given."""
     rows = [trace_prompt(loaded, prompt, None, target) for prompt, target in pairs]
-    return [
-        score
-        for start in range(0, len(rows), ROWS_PER_PASS)
-        for score in _score_rows(model, loaded, rows[start : start + ROWS_PER_PASS])
-    ]
+    scores = []
+    for start in range(0, len(rows), ROWS_PER_PASS):
+        places = range(len(rows))[start : start + ROWS_PER_PASS]
+        if arrange is not None:
+            arrange(places)
+        scores += _score_rows(model, loaded, [rows[place] for place in places])
+    return scores
 
 
 @torch.inference_mode()

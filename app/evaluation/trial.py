@@ -22,11 +22,12 @@ from app.domain import (
 )
 from app.editing.editor import Editor
 from app.errors import EditRejected, InvalidInput, PalimpsestError
-from app.evaluation.evaluator import ANSWER_TOKENS, Evaluator
+from app.evaluation.evaluator import Evaluator
 from app.evaluation.locality import keep_apart
 from app.evaluation.perplexity import FixedText, sample_text, to_perplexity
 from app.evaluation.prompt_kinds import PROMPT_KINDS, count_prompts, share
 from app.evaluation.report import Counts, TrialReport
+from app.evaluation.states import ANSWER_TOKENS
 from app.weights.decoding import encode_prompt
 from app.weights.loading import LoadedModel
 from app.weights.prompts import target_length

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -20,6 +20,9 @@ from app.weights.text_stream import TextStream
 
 NUCLEUS = 1_024  # tokens that mostly hold top-p's mass; sorting a whole vocabulary takes longer
 COLDEST = 1e-6  # a temperature below this is as good as greedy, and 1/T must stay finite
+
+Arrange = Callable[[Sequence[int]], None]
+"""Told which of the prompts given the rows of the next pass are, where a model needs to know."""
 
 
 def encode_prompt(loaded: LoadedModel, prompt: Prompt, room: int = 0) -> list[int]:
@@ -138,10 +141,18 @@ class RowBatch:
     (up to rounding).
     """
 
-    def __init__(self, model: PreTrainedModel, loaded: LoadedModel, rows: Sequence[Row]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        loaded: LoadedModel,
+        rows: Sequence[Row],
+        arrange: Callable[[Sequence[Row]], None] | None = None,
+    ) -> None:
+        """``arrange`` is told before each pass which rows it has."""
         self.rows = list(rows)
         self._model = model
         self._loaded = loaded
+        self._arrange = arrange
         self._cache = DynamicCache(config=model.config)
         self._accepts = inspect.signature(model.forward).parameters
         width = max(len(row.prompt_ids) for row in rows)
@@ -188,6 +199,8 @@ class RowBatch:
             "logits_to_keep": 1,
         }
         known = {name: value for name, value in arguments.items() if name in self._accepts}
+        if self._arrange is not None:
+            self._arrange(self.rows)
         logits: Tensor = self._model(**known).logits
         return logits[:, -1].float()
 
@@ -325,6 +338,7 @@ def decode_greedily(
     max_new_tokens: int | Sequence[int],
     *,
     batch_rows: int = 64,
+    arrange: Arrange | None = None,
 ) -> list[str]:
     """The model's greedy continuation of each prompt, in the order given."""
     lengths = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
@@ -332,7 +346,7 @@ def decode_greedily(
         Row(encode_prompt(loaded, prompt, length), Sampling(max_new_tokens=length))
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
-    run_to_end(model, loaded, rows, batch_rows=batch_rows)
+    run_to_end(model, loaded, rows, batch_rows=batch_rows, arrange=arrange)
     return [continuation(loaded, row.prompt_ids, row.ids) for row in rows]
 
 
@@ -342,10 +356,17 @@ def run_to_end(
     rows: Sequence[Row],
     *,
     batch_rows: int = 64,
+    arrange: Arrange | None = None,
 ) -> None:
     """Continue every row until it ends; rows of like length share a batch."""
+    places = {row: place for place, row in enumerate(rows)}
+
+    def arrange_rows(chosen: Sequence[Row]) -> None:
+        if arrange is not None:
+            arrange([places[row] for row in chosen])
+
     ordered = sorted(rows, key=lambda row: len(row.prompt_ids))
     for start in range(0, len(ordered), batch_rows):
-        batch = RowBatch(model, loaded, ordered[start : start + batch_rows])
+        batch = RowBatch(model, loaded, ordered[start : start + batch_rows], arrange_rows)
         while batch.rows:
             batch.step()

@@ -46,6 +46,25 @@ class Overlay:
         return max((factor.rank for factor in self.factors.values()), default=0)
 
 
+def lay(views: ViewCache, composition: Composition, anchor: View, max_rank: int) -> Overlay | None:
+    """A state as factors on ``anchor``; ``None`` where a matrix would need more than ``max_rank``.
+
+    Raises:
+        JournalError: a delta is missing or damaged. EditRejected: its ledger can't be solved.
+    """
+    factors = views.factors(composition, anchor.composition, max_rank)
+    if factors is None:
+        return None
+    parameter = views.loaded.model.get_parameter
+    placed = {
+        name: LowRank(
+            factor.left.to(parameter(name).device), factor.right.to(parameter(name).device)
+        )
+        for name, factor in factors.items()
+    }
+    return Overlay(composition, anchor, placed)
+
+
 class Overlays:
     """Finds the cheapest way to read a state. Thread-safe."""
 
@@ -144,20 +163,11 @@ class Overlays:
         found: list[Overlay] = []
         bound = self._max_rank
         for anchor in {id(v): v for v in (self._views.live, self._views.get(()))}.values():
-            factors = self._views.factors(composition, anchor.composition, bound)
-            if factors is not None:
-                found.append(Overlay(composition, anchor, self._place(factors)))
-                bound = max(0, found[-1].rank - 1)
+            overlay = lay(self._views, composition, anchor, bound)
+            if overlay is not None:
+                found.append(overlay)
+                bound = max(0, overlay.rank - 1)
         return min(found, key=lambda overlay: overlay.rank, default=None)
-
-    def _place(self, factors: Mapping[str, LowRank]) -> dict[str, LowRank]:
-        parameter = self._views.loaded.model.get_parameter
-        return {
-            name: LowRank(
-                factor.left.to(parameter(name).device), factor.right.to(parameter(name).device)
-            )
-            for name, factor in factors.items()
-        }
 
     def _take_anchor(self, composition: Composition) -> Overlay:
         """Called under the lock, so that the budget holds for callers together."""

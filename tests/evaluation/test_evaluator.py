@@ -11,8 +11,9 @@ from app.editing.editor import Editor
 from app.errors import SettingsError
 from app.evaluation.answers import first_clause, says
 from app.evaluation.drift import DriftGauge
-from app.evaluation.evaluator import ANSWER_TOKENS, Evaluator
+from app.evaluation.evaluator import Evaluator
 from app.evaluation.retention import AgeBucket, AgedFact, Retention
+from app.evaluation.states import ANSWER_TOKENS
 from app.weights.decoding import decode_greedily
 from app.weights.views import ViewCache
 from tests.tiny import TEXT, MemoryDeltas, TinyModels

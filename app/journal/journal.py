@@ -46,7 +46,7 @@ from app.journal.codec import (
 from app.journal.compositions import Compositions, Link
 from app.journal.database import Database
 from app.journal.lineages import Lineages
-from app.journal.log import Kind, append_entry
+from app.journal.log import Kind, append_entries, append_entry
 from app.journal.page import Listing
 from app.journal.tables import Base, CheckpointRow, EditRow, LogRow, RevisionRow, SandboxRow
 
@@ -229,8 +229,7 @@ class Journal:
             row = _prepared_row(session, edit.id)
             if revision is not None:
                 _append_revision(session, revision)
-            for sandbox in sandboxes:
-                _put_sandbox(session, sandbox)
+            _put_sandboxes(session, sandboxes)
             _assign(row, final)
             append_entry(session, Kind.EDIT_COMMITTED, final)
 
@@ -340,7 +339,7 @@ class Journal:
         with self._database.writing() as session:
             if session.get(SandboxRow, sandbox.id) is not None:
                 raise Conflict(f"There already is a sandbox {sandbox.id!r}.")
-            _put_sandbox(session, sandbox)
+            _put_sandboxes(session, [sandbox])
 
     def sandbox(self, sandbox_id: str) -> Sandbox | None:
         with self._database.reading() as session:
@@ -474,16 +473,24 @@ def _discard(session: Session, row: EditRow) -> None:
     row.status = EditStatus.DISCARDED.value
 
 
-def _put_sandbox(session: Session, sandbox: Sandbox) -> None:
-    """Add the sandbox, or grow the one of that id."""
+def _put_sandboxes(session: Session, sandboxes: Sequence[Sandbox]) -> None:
+    """Add the sandboxes, and grow those that are there."""
+    known = SandboxRow.id.in_([sandbox.id for sandbox in sandboxes])
+    rows = {row.id: row for row in session.scalars(select(SandboxRow).where(known))}
+    for sandbox in sandboxes:
+        if sandbox.id in rows:
+            _grow_sandbox(session, rows[sandbox.id], sandbox)
+    fresh = [sandbox for sandbox in sandboxes if sandbox.id not in rows]
+    for root in {sandbox.root for sandbox in fresh}:
+        _revision_row(session, root)
+    bodies = [encode_sandbox(sandbox) for sandbox in fresh]
+    sequence = append_entries(session, Kind.SANDBOX_ADDED, bodies)
+    session.add_all(SandboxRow(**body, seq=seq) for body, seq in zip(bodies, sequence, strict=True))
+    session.flush()
+
+
+def _grow_sandbox(session: Session, row: SandboxRow, sandbox: Sandbox) -> None:
     values = encode_sandbox(sandbox)
-    row = session.get(SandboxRow, sandbox.id)
-    if row is None:
-        _revision_row(session, sandbox.root)
-        seq = append_entry(session, Kind.SANDBOX_ADDED, values)
-        session.add(SandboxRow(**values, seq=seq))
-        session.flush()
-        return
     # An edit may have replaced some of the sandbox's own deltas, one even by itself (a fact told
     # again), but not brought others in before those that stay.
     makers = EditRow.id.in_(values["edits"][len(row.edits) :])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from enum import StrEnum
 
 from sqlalchemy import select
@@ -41,10 +42,19 @@ def hash_entry(previous: Digest, seq: int, kind: str, body: str, at: str) -> Dig
 
 def append_entry(session: Session, kind: Kind, body: Plain) -> int:
     """Add an entry to the session's transaction; returns its ``seq`` (the first is 1)."""
-    last = session.scalars(select(LogRow).order_by(LogRow.seq.desc()).limit(1)).first()
-    seq, previous = (1, GENESIS) if last is None else (last.seq + 1, last.hash)
-    text, at = canonical(body), encode_time(utc_now())
-    digest = hash_entry(previous, seq, kind.value, text, at)
-    session.add(LogRow(seq=seq, kind=kind.value, body=text, previous=previous, hash=digest, at=at))
-    session.flush()
+    (seq,) = append_entries(session, kind, [body])
     return seq
+
+
+def append_entries(session: Session, kind: Kind, bodies: Sequence[Plain]) -> range:
+    """Add entries of a kind to the session's transaction, in order; returns their ``seq``."""
+    last = session.scalars(select(LogRow).order_by(LogRow.seq.desc()).limit(1)).first()
+    before, previous = (0, GENESIS) if last is None else (last.seq, last.hash)
+    sequence = range(before + 1, before + 1 + len(bodies))
+    for seq, body in zip(sequence, bodies, strict=True):
+        text, at = canonical(body), encode_time(utc_now())
+        row = LogRow(seq=seq, kind=kind.value, body=text, previous=previous, at=at)
+        row.hash = previous = hash_entry(previous, seq, kind.value, text, at)
+        session.add(row)
+    session.flush()
+    return sequence

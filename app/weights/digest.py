@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -23,10 +23,16 @@ def tensor_digest(tensor: Tensor) -> bytes:
 def combined_digest(seed: str, tensors: Mapping[str, Tensor]) -> Digest:
     """sha256 over ``seed`` and every named tensor, in the order of their names."""
     names = sorted(tensors)
-    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib lets go of the GIL
-        digests = list(pool.map(lambda name: tensor_digest(tensors[name]), names))
+    digests = _digest_all([tensors[name] for name in names])
     total = hashlib.sha256(seed.encode())
     for name, digest in zip(names, digests, strict=True):
         total.update(name.encode())
         total.update(digest)
     return total.hexdigest()
+
+
+def _digest_all(tensors: Sequence[Tensor]) -> list[bytes]:
+    if len(tensors) == 1:
+        return [tensor_digest(tensors[0])]
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib lets go of the GIL
+        return list(pool.map(tensor_digest, tensors))

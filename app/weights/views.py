@@ -97,6 +97,7 @@ class ViewCache:
         self._snapshots = snapshots
         self._kinds = snapshots.kinds() if snapshots else {}  # whether a delta is a row
         self._ledger = Ledger()
+        self._dispatched = is_dispatched(loaded.model)
         self._base = View((), loaded.model, {}, loaded.identity.digest)
         self._live = self._base
 
@@ -304,7 +305,7 @@ class ViewCache:
                 base = self.loaded.model.get_parameter(name)
                 stored = materialise(anatomy.orient(base), sums.total(name))
                 matrices[name] = anatomy.orient(stored).contiguous()
-        if is_dispatched(self.loaded.model):
+        if self._dispatched:
             model = fork(self.loaded.model)
             graft(model, matrices)
         else:

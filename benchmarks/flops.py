@@ -10,6 +10,7 @@ import torch
 from app.domain import EditPlan, Fact
 from app.editing.targets import FactRows, all_rows, span_of, trace_facts
 from app.weights.loading import LoadedModel
+from app.weights.spans import grow_trees
 
 FORWARD_AND_BACK = 4  # flops per weight and token: a product forward, one back to its input
 YARDSTICK_ROWS, YARDSTICK_SECONDS = 512, 0.5
@@ -59,7 +60,8 @@ def matmul_rate(loaded: LoadedModel) -> float:
 
 
 def _count(rows: FactRows) -> tuple[int, int]:
-    """Tokens from the subject on, and predictions that count."""
-    spans = [span_of(row) for _, row in all_rows([rows])]
+    """Tokens from the subject on, those that rows begin with in common once, and predictions that
+    count."""
+    spans = [span_of(row, owner) for owner, row in all_rows([rows])]
     spots = sum(len(row.target_ids) or 1 for _, row in all_rows([rows]))
-    return sum(len(span.ids) - span.start for span in spans), spots
+    return sum(len(tree.parents) for tree in grow_trees(spans, branching=True)), spots

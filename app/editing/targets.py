@@ -28,7 +28,7 @@ class FactRows:
     @property
     def workload(self) -> Workload:
         rows = self.targets + self.essence
-        spans = [span_of(row) for row in rows]
+        spans = [span_of(row, 0) for row in rows]
         return Workload(
             len(rows),
             max(span.start for span in spans),
@@ -72,7 +72,7 @@ def trace_facts(
     )
 
 
-def span_of(row: TracedPrompt) -> Span:
+def span_of(row: TracedPrompt, owner: int) -> Span:
     """The row up to its last counted prediction, to be run again from the subject on."""
     spots = _spots_of(row)
     first, last = spots[0], spots[-1]
@@ -81,6 +81,7 @@ def span_of(row: TracedPrompt) -> Span:
         start=min(first, row.subject),
         changed=row.subject,
         read=spots,
+        owner=owner,
     )
 
 
@@ -136,7 +137,7 @@ def gather_spots(facts: Sequence[FactRows], device: torch.device) -> tuple[Spots
     owners: list[int] = []
     target_rows = sum(len(fact.targets) for fact in facts)
     for number, (owner, row) in enumerate(all_rows(facts)):
-        start = span_of(row).start
+        start = span_of(row, owner).start
         spots.extend((number, spot - start, owner) for spot in _spots_of(row))
         if number < target_rows:
             wanted.extend(row.target_ids)

@@ -158,11 +158,12 @@ class _Search:
             model,
             loaded.anatomy,
             layer,
-            [span_of(row) for _, row in all_rows(facts)],
+            [span_of(row, owner) for owner, row in all_rows(facts)],
             pad_id=loaded.pad_id,
             device=device,
             whole=whole is not None,
         )
+        self._places = self._pass.places(self._spots.row, self._spots.column)
         self._count = len(facts)
         counts = [len(fact.targets) for fact in facts]
         bare = [sum(counts[:index]) for index in range(self._count)]
@@ -308,8 +309,7 @@ class _Search:
 
     def _logprobs(self, hidden: Tensor) -> Tensor:
         """Next-token log-probabilities ``(spots, vocabulary)``."""
-        places = self._spots.row * hidden.shape[1] + self._spots.column
-        at_spots = hidden.flatten(0, 1).index_select(0, places)
+        at_spots = hidden.index_select(0, self._places)
         return logits_of(self._model, at_spots).log_softmax(dim=-1)
 
     def _clamp(self) -> None:
@@ -333,6 +333,7 @@ class _Search:
         """Go on with these rows (booleans) only."""
         self._pass.keep(rows.nonzero()[:, 0])
         self._spots, kept = self._spots.keep(rows, self._owners)
+        self._places = self._pass.places(self._spots.row, self._spots.column)
         self._unchanged = self._unchanged[kept[len(kept) - len(self._unchanged) :]]
         self._owners = self._owners[rows]
 

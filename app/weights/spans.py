@@ -18,12 +18,83 @@ RUN_COST = 48  # what running a group apart costs, in tokens that could be run i
 @dataclass(frozen=True, slots=True)
 class Span:
     """Token ids of one row, where they begin to be run again, and where the layer changes;
-    ``read`` are the tokens whose outputs count, all if it is left out."""
+    ``read`` are the tokens whose outputs count, all if it is left out. Spans of one ``owner`` are
+    changed by the same amount; one without an owner is on its own."""
 
     ids: Sequence[int]
     start: int
     changed: int
     read: Sequence[int] | None = None
+    owner: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """Spans as one row: a single one, or several of one owner that are alike up to the changed
+    token at least. What they have in common is run once, then they branch.
+
+    ``ids`` are the tokens before ``start`` and then those of the suffix, one a column, each
+    behind the one it follows; ``parents`` are the columns of those (−1 for none). ``columns`` has
+    the path of each span of ``spans``; ``changed`` and ``read`` are columns, too.
+    """
+
+    ids: tuple[int, ...]
+    start: int
+    changed: int
+    parents: tuple[int, ...]
+    spans: tuple[int, ...]
+    columns: tuple[tuple[int, ...], ...]
+    read: frozenset[int]
+
+    @property
+    def branches(self) -> bool:
+        return any(parent != column - 1 for column, parent in enumerate(self.parents))
+
+    @property
+    def positions(self) -> list[int]:
+        """Of the suffix's tokens in the text."""
+        found: list[int] = []
+        for parent in self.parents:
+            found.append(self.start if parent < 0 else found[parent] + 1)
+        return found
+
+
+def grow_trees(spans: Sequence[Span], *, branching: bool) -> list[Tree]:
+    """Spans as trees; each on its own where rows must not branch."""
+    alike: dict[tuple[int, ...] | int, list[int]] = {}
+    for index, span in enumerate(spans):
+        key: tuple[int, ...] | int = index
+        if branching and span.owner is not None:
+            common = span.ids[: max(span.start, span.changed) + 1]
+            key = (span.owner, span.start, span.changed, *common)
+        alike.setdefault(key, []).append(index)
+    return [grow_tree(spans, members) for members in alike.values()]
+
+
+def grow_tree(spans: Sequence[Span], members: Sequence[int]) -> Tree:
+    """These spans, which are alike up to the changed token, as one row."""
+    first = spans[members[0]]
+    column_of: dict[tuple[int, int], int] = {}  # by the parent's column and the token
+    paths: list[tuple[int, ...]] = []
+    read: set[int] = set()
+    for span in (spans[index] for index in members):
+        path: list[int] = []
+        for token in span.ids[span.start :]:
+            parent = path[-1] if path else -1
+            path.append(column_of.setdefault((parent, token), len(column_of)))
+        paths.append(tuple(path))
+        read.update(
+            path if span.read is None else (path[token - span.start] for token in span.read)
+        )
+    return Tree(
+        (*first.ids[: first.start], *(token for _, token in column_of)),
+        first.start,
+        first.changed - first.start,
+        tuple(parent for parent, _ in column_of),
+        tuple(members),
+        tuple(paths),
+        frozenset(read),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +104,8 @@ class AlignedRows:
 
     ``ids``, ``mask`` and ``positions`` are ``(rows, prefix + suffix)``; ``read`` ``(rows,
     suffix)`` is true where outputs count; ``changed`` ``(rows,)`` counts from ``prefix``.
+    ``lines`` ``(rows, suffix, suffix)`` is true where a token (first) sees another one of the
+    suffix; ``None`` where no row branches, and each sees all before it.
     """
 
     ids: Tensor
@@ -41,6 +114,7 @@ class AlignedRows:
     changed: Tensor
     read: Tensor
     prefix: int
+    lines: Tensor | None = None
 
     def take(self, rows: Tensor) -> AlignedRows:
         """These rows only."""
@@ -51,32 +125,59 @@ class AlignedRows:
             self.changed[rows],
             self.read[rows],
             self.prefix,
+            None if self.lines is None else self.lines[rows],
         )
 
+    def sight(self, done: int) -> Tensor:
+        """What the tokens from column ``done`` on, of the prefix or where it ends, see: as
+        attention masks are, ``(rows, prefix + suffix)`` and true where there is a token, or if
+        rows branch ``(rows, 1, columns, prefix + suffix)``. A padding token then sees itself."""
+        if self.lines is None:
+            return self.mask
+        known, suffix = self.mask.bool()[:, None, :], self.lines.shape[1]
+        prefix = known[..., : self.prefix].expand(-1, suffix, -1)
+        behind = torch.cat([prefix, self.lines], dim=2)
+        column = torch.arange(known.shape[2], device=known.device)
+        own = column[done : self.prefix, None]
+        before = (known & (column <= own)) | (column == own)
+        return torch.cat([before, behind], dim=1)[:, None]
 
-def align_rows(spans: Sequence[Span], pad_id: int, device: torch.device) -> AlignedRows:
-    """Spans as tensors, padded around their common ``start`` column."""
-    prefix = max(span.start for span in spans)
-    width = prefix + max(len(span.ids) - span.start for span in spans)
-    ids, mask = [], []
-    for span in spans:
-        before = prefix - span.start
-        behind = width - before - len(span.ids)
-        ids.append([pad_id] * before + list(span.ids) + [pad_id] * behind)
-        mask.append([0] * before + [1] * len(span.ids) + [0] * behind)
-    known = torch.tensor(mask, device=device)
-    read = torch.zeros(len(spans), width - prefix, dtype=torch.bool)
-    for row, span in enumerate(spans):
-        counted = range(span.start, len(span.ids)) if span.read is None else span.read
-        read[row, [token - span.start for token in counted]] = True
+
+def align_rows(trees: Sequence[Tree], pad_id: int, device: torch.device) -> AlignedRows:
+    """Trees as tensors, padded around their common ``start`` column."""
+    prefix = max(tree.start for tree in trees)
+    suffix = max(len(tree.parents) for tree in trees)
+    ids, mask, positions, parents = [], [], [], []
+    read = torch.zeros(len(trees), suffix, dtype=torch.bool)
+    for row, tree in enumerate(trees):
+        before, behind = prefix - tree.start, suffix - len(tree.parents)
+        ids.append([pad_id] * before + list(tree.ids) + [pad_id] * behind)
+        mask.append([0] * before + [1] * len(tree.ids) + [0] * behind)
+        known = [*range(tree.start), *tree.positions]
+        positions.append([0] * before + known + [known[-1]] * behind)
+        parents.append([*tree.parents, *[-1] * behind])
+        read[row, list(tree.read)] = True
     return AlignedRows(
         torch.tensor(ids, device=device),
-        known,
-        (known.cumsum(dim=1) - 1).clamp(min=0),
-        torch.tensor([span.changed - span.start for span in spans], device=device),
+        torch.tensor(mask, device=device),
+        torch.tensor(positions, device=device),
+        torch.tensor([tree.changed for tree in trees], device=device),
         read.to(device),
         prefix,
+        _draw_lines(parents).to(device) if any(tree.branches for tree in trees) else None,
     )
+
+
+def _draw_lines(parents: Sequence[Sequence[int]]) -> Tensor:
+    """``(rows, columns, columns)``: each column's own line, back to the first."""
+    table = torch.tensor(parents)
+    rows, width = table.shape
+    index = torch.arange(rows)
+    lines = torch.zeros(rows, width + 1, width, dtype=torch.bool)  # the last one is no parent's
+    for column in range(width):
+        lines[:, column] = lines[index, table[:, column]]
+        lines[:, column, column] = True
+    return lines[:, :width]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +198,13 @@ class Beginnings:
         return states[self.texts[:, None], :, self.tokens].transpose(1, 2).contiguous()
 
 
-def find_beginnings(spans: Sequence[Span], pad_id: int, device: torch.device) -> Beginnings | None:
+def find_beginnings(trees: Sequence[Tree], pad_id: int, device: torch.device) -> Beginnings | None:
     """What rows begin with in common, as a context's tokens; nothing if that saves little."""
     texts: list[Sequence[int]] = []
-    text_of = [0] * len(spans)
+    text_of = [0] * len(trees)
     members: list[list[int]] = []
-    for index in sorted(range(len(spans)), key=lambda i: tuple(spans[i].ids)):
-        own = spans[index].ids[: spans[index].start]
+    for index in sorted(range(len(trees)), key=lambda i: tuple(trees[i].ids)):
+        own = trees[index].ids[: trees[index].start]
         common = _common_length(texts[-1], own) if texts else 0
         if common < SHARED_LEAST:
             texts.append(own)
@@ -113,15 +214,15 @@ def find_beginnings(spans: Sequence[Span], pad_id: int, device: torch.device) ->
         members[-1].append(index)
         text_of[index] = len(texts) - 1
     shared = [len(text) if len(rows) > 1 else 0 for text, rows in zip(texts, members, strict=True)]
-    prefix = max(span.start for span in spans)
-    run = max(span.start - shared[text] for span, text in zip(spans, text_of, strict=True))
+    prefix = max(tree.start for tree in trees)
+    run = max(tree.start - shared[text] for tree, text in zip(trees, text_of, strict=True))
     done = prefix - run
     kept = [index for index, length in enumerate(shared) if length]
-    if not kept or done * len(spans) < 2 * sum(shared):
+    if not kept or done * len(trees) < 2 * sum(shared):
         return None
     rank = {text: number for number, text in enumerate(kept)}
     ids, mask = pad_rows([texts[index] for index in kept], pad_id, device)
-    tokens = [[max(0, c + span.start - prefix) for c in range(done)] for span in spans]
+    tokens = [[max(0, c + tree.start - prefix) for c in range(done)] for tree in trees]
     return Beginnings(
         ids,
         mask,
@@ -139,12 +240,12 @@ def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
     return length
 
 
-def group_alike(spans: Sequence[Span]) -> list[list[int]]:
-    """Indices of spans in groups that are run together, apart where padding the shorter ones
+def group_alike(trees: Sequence[Tree]) -> list[list[int]]:
+    """Indices of trees in groups that are run together, apart where padding the shorter ones
     would cost more than another run does."""
     by_length: dict[int, list[int]] = {}
-    for index, span in enumerate(spans):
-        by_length.setdefault(len(span.ids) - span.start, []).append(index)
+    for index, tree in enumerate(trees):
+        by_length.setdefault(len(tree.parents), []).append(index)
     groups: list[list[int]] = []
     last = 0
     for length, members in sorted(by_length.items()):

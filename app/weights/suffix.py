@@ -4,13 +4,15 @@ In a causal model a change at layer L and token t leaves the layers up to L and 
 t as they were. So the whole pass runs once, and what it has seen is kept: the keys and values of
 the tokens before t in the layers behind L, and what entered those layers from t on. Each later
 pass runs these layers on these tokens only, and gives what the whole pass would give, up to
-rounding (docs/decisions/suffix-passes.md).
+rounding. Texts that are alike up to t are one row, which branches behind t
+(docs/decisions/suffix-passes.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,9 +25,12 @@ from app.weights.spans import (
     AlignedRows,
     Beginnings,
     Span,
+    Tree,
     align_rows,
     find_beginnings,
     group_alike,
+    grow_tree,
+    grow_trees,
 )
 from app.weights.tracing import beginning_at, changing_output, running, tracing_input
 
@@ -44,13 +49,24 @@ def why_whole(config: PreTrainedConfig) -> str | None:
     return None
 
 
-class SuffixPass:
-    """Rows of one private model whose layer ``layer`` is being changed at one token each.
+def may_branch(config: PreTrainedConfig, longest: int) -> bool:
+    """Whether a model like this attends to what a mask says, in rows of up to ``longest`` tokens:
+    windows and biases by distance count columns."""
+    windows = (getattr(config, name, None) for name in ("sliding_window", "window_size"))
+    return (
+        config._attn_implementation in ("sdpa", "eager")
+        and not getattr(config, "alibi", False)
+        and all(window is None or window >= longest for window in windows)
+    )
 
-    Making it runs the whole pass once, without gradients: ``keys`` ``(rows, d_ff)`` are the
-    projection's input at the changed tokens, ``outputs`` ``(rows, d)`` the layer's output there
-    (the projection's own where a norm stands behind it), ``unchanged`` ``(rows, suffix, d)`` the
-    body's output from each row's ``start`` on, padded behind.
+
+class SuffixPass:
+    """Texts of one private model whose layer ``layer`` is being changed at one token each.
+
+    Making it runs the whole pass once, without gradients: ``keys`` ``(spans, d_ff)`` are the
+    projection's input at the changed tokens, ``outputs`` ``(spans, d)`` the layer's output there
+    (the projection's own where a norm stands behind it), ``unchanged`` ``(tokens, d)`` the body's
+    output.
     """
 
     def __init__(
@@ -64,83 +80,214 @@ class SuffixPass:
         device: torch.device,
         whole: bool = False,
     ) -> None:
-        groups = group_alike(spans)
-        self._width = max(len(span.ids) - span.start for span in spans)
-        self._rows = [torch.tensor(group, device=device) for group in groups]
+        self._spans = list(spans)
+        site = _Site(model, anatomy, layer, pad_id, device)
+        longest = max(len(span.ids) for span in spans)
+        trees = grow_trees(spans, branching=not whole and may_branch(model.config, longest))
         self._groups = []
-        for group in groups:
-            members = [spans[index] for index in group]
-            rows = align_rows(members, pad_id, device)
-            shared = None if whole else find_beginnings(members, pad_id, device)
-            self._groups.append(_Group(model, anatomy, layer, rows, shared, whole=whole))
-        self.keys = self._in_order([group.keys for group in self._groups])
-        self.outputs = self._in_order([group.outputs for group in self._groups])
-        self.unchanged = self._in_order([self._widen(g.unchanged) for g in self._groups])
+        seen = []
+        for members in group_alike(trees):
+            group, first = _Group.record(site, [trees[index] for index in members], whole=whole)
+            self._groups.append(group)
+            seen.append(first)
+        self._locate()
+        self.keys = torch.cat([first.keys for first in seen])[self._tree_of]
+        self.outputs = torch.cat([first.outputs for first in seen])[self._tree_of]
+        self.unchanged = _joined([first.unchanged.flatten(0, 1) for first in seen])
 
     def run(self, deltas: Tensor) -> Tensor:
-        """The body's output ``(rows, suffix, d)`` with ``deltas`` ``(rows, d)`` added to the
-        projection's output at the changed tokens; differentiable in ``deltas``. It is true at
-        the tokens that are read."""
-        return self._in_order(
-            [
-                self._widen(group.run(deltas.index_select(0, rows)))
-                for group, rows in zip(self._groups, self._rows, strict=True)
-            ]
-        )
+        """The body's output ``(tokens, d)`` with ``deltas`` ``(spans, d)``, alike for spans of one
+        owner, added to the projection's output at the changed tokens; differentiable in
+        ``deltas``. It is true at the tokens that are read."""
+        counts = [len(group.trees) for group in self._groups]
+        parts = torch.split(deltas.index_select(0, self._leaders), counts)
+        found = zip(self._groups, parts, strict=True)
+        return _joined([group.run(part).flatten(0, 1) for group, part in found])
+
+    def places(self, spans: Tensor, columns: Tensor) -> Tensor:
+        """Where the output has the tokens in these ``columns``, counted from each span's start."""
+        return self._places[spans, columns]
 
     @property
     def tokens(self) -> int:
         """How many tokens each pass runs, padding included."""
         return sum(group.tokens for group in self._groups)
 
-    def keep(self, rows: Tensor) -> None:
-        """Let all but these rows, in rising order, go."""
-        groups, kept = [], []
-        for group, mine in zip(self._groups, self._rows, strict=True):
-            stays = torch.isin(mine, rows)
-            if bool(stays.any()):
-                group.keep(stays.nonzero()[:, 0])
-                groups.append(group)
-                kept.append(torch.searchsorted(rows, mine[stays]))
-        self._groups, self._rows = groups, kept
+    def keep(self, spans: Tensor) -> None:
+        """Let all but these spans, in rising order, go; those that stay are grouped anew."""
+        number = {old: new for new, old in enumerate(spans.tolist())}
+        self._spans = [self._spans[old] for old in number]
+        kept = [
+            _Kept(tree, row, group, number, self._spans)
+            for group in self._groups
+            for row, tree in enumerate(group.trees)
+            if not number.keys().isdisjoint(tree.spans)
+        ]
+        self._groups = [
+            _Group.join([kept[index] for index in sorted(members)])
+            for members in group_alike([each.tree for each in kept])
+        ]
+        self._locate()
 
     def run_whole(self) -> None:
         """Run every layer on every token from now on."""
         for group in self._groups:
             group.run_whole()
 
-    def _widen(self, hidden: Tensor) -> Tensor:
-        return nn.functional.pad(hidden, (0, 0, 0, self._width - hidden.shape[1]))
+    def _locate(self) -> None:
+        """Find each span's tokens among those of all groups."""
+        leaders: list[int] = []
+        tree_of = [0] * len(self._spans)
+        places: list[list[int]] = [[]] * len(self._spans)
+        before = 0
+        for group in self._groups:
+            for row, tree in enumerate(group.trees):
+                for span, path in zip(tree.spans, tree.columns, strict=True):
+                    tree_of[span] = len(leaders)
+                    places[span] = [before + row * group.width + column for column in path]
+                leaders.append(tree.spans[0])
+            before += len(group.trees) * group.width
+        width = max(len(path) for path in places)
+        device = self._groups[0].device
+        self._leaders = torch.tensor(leaders, device=device)
+        self._tree_of = torch.tensor(tree_of, device=device)
+        self._places = torch.tensor([p + [0] * (width - len(p)) for p in places], device=device)
 
-    def _in_order(self, parts: Sequence[Tensor]) -> Tensor:
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat(list(parts)).index_select(0, torch.cat(self._rows).argsort())
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-class _Group:
-    """Rows of like length, run in one batch; otherwise as ``SuffixPass``."""
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """The layer that is being changed."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    layer: int
+    pad_id: int
+    device: torch.device
+
+    @property
+    def inside(self) -> bool:
+        """Whether the layer itself must be run again: a norm stands behind the projection, or no
+        layer does. Else its output changes by just what is added to the projection's."""
+        return (
+            self.anatomy.architecture.norm_after_mlp
+            or not getattr(self.model.config, "do_layer_norm_before", True)  # OPT-350m
+            or self.layer == self.anatomy.depth - 1
+        )
+
+    @property
+    def first(self) -> int:
+        """The first layer that is run again."""
+        return self.layer if self.inside else self.layer + 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What the first pass gave, by row: at the changed tokens, and behind the body."""
+
+    keys: Tensor
+    outputs: Tensor
+    unchanged: Tensor
+
+
+class _Kept:
+    """A tree that stays, or what stays of it, and where it is until now."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        anatomy: Anatomy,
-        layer: int,
+        tree: Tree,
+        row: int,
+        group: _Group,
+        number: Mapping[int, int],
+        spans: Sequence[Span],
+    ) -> None:
+        """``number`` has the new indices of the spans that stay, ``spans`` those spans."""
+        old = [(number[s], p) for s, p in zip(tree.spans, tree.columns, strict=True) if s in number]
+        members = [span for span, _ in old]
+        self.row = row
+        self.group = group
+        self.is_whole = len(old) == len(tree.spans)
+        if self.is_whole:
+            self.tree = replace(tree, spans=tuple(members))
+            self.columns = list(range(len(tree.parents)))
+            return
+        self.tree = grow_tree(spans, members)
+        came_from = {
+            new: column
+            for path, (_, before) in zip(self.tree.columns, old, strict=True)
+            for new, column in zip(path, before, strict=True)
+        }
+        self.columns = [came_from[column] for column in range(len(self.tree.parents))]
+
+
+class _Group:
+    """Trees of like length, run in one batch; otherwise as ``SuffixPass``."""
+
+    def __init__(
+        self,
+        site: _Site,
+        trees: Sequence[Tree],
         rows: AlignedRows,
-        shared: Beginnings | None,
+        entry: Tensor,
+        cache: _PrefixCache,
         *,
         whole: bool,
     ) -> None:
-        self._model = model
-        self._anatomy = anatomy
-        self._layer = layer
+        """``entry`` ``(rows, suffix, d)`` is what enters the first layer that is run again."""
+        self.trees = trees
+        self._site = site
         self._rows = rows
+        self._entry = entry
+        self._cache = cache
         self._whole = whole
-        self._inside = _changes_inside(model.config, anatomy, layer)
-        self._first = layer if self._inside else layer + 1
+        self._sight = _as_mask(rows.sight(rows.prefix), site.model)
         self._sparse = self._find_sparse()
-        self._cache = _PrefixCache(anatomy.depth, self._first, rows.prefix)
-        self._entry = self._record(self._run_beginnings(shared) if shared else 0)
+
+    @staticmethod
+    def record(site: _Site, trees: Sequence[Tree], *, whole: bool) -> tuple[_Group, _Seen]:
+        """A group, and what its first pass gave."""
+        rows = align_rows(trees, site.pad_id, site.device)
+        cache = _PrefixCache.empty(site.anatomy.depth, site.first, rows.prefix)
+        shared = None if whole else find_beginnings(trees, site.pad_id, site.device)
+        entry, seen = _record(site, rows, cache, shared)
+        return _Group(site, trees, rows, entry, cache, whole=whole), seen
+
+    @staticmethod
+    def join(kept: Sequence[_Kept]) -> _Group:
+        """A group of trees from other groups, those of each in their order."""
+        groups = list(dict.fromkeys(each.group for each in kept))
+        trees = [each.tree for each in kept]
+        first, site = groups[0], groups[0]._site
+        chosen = [
+            torch.tensor([each.row for each in kept if each.group is group], device=site.device)
+            for group in groups
+        ]
+        whole = first._whole
+        width = max(len(tree.parents) for tree in trees)
+        if len(groups) == 1 and width == first.width and all(each.is_whole for each in kept):
+            rows = first._rows.take(chosen[0])
+            entry, cache = first._entry[chosen[0]], first._cache.take(chosen[0])
+            return _Group(site, trees, rows, entry, cache, whole=whole)
+        rows = align_rows(trees, site.pad_id, site.device)
+        columns = [[*each.columns, *[0] * (width - len(each.columns))] for each in kept]
+        table = torch.tensor(columns, device=site.device)
+        tables = torch.split(table, [len(rows) for rows in chosen])
+        parts = zip(groups, chosen, tables, strict=True)
+        entry = torch.cat([group._entry[mine[:, None], at] for group, mine, at in parts])
+        caches = [group._cache.take(mine) for group, mine in zip(groups, chosen, strict=True)]
+        return _Group(site, trees, rows, entry, _PrefixCache.join(caches, rows.prefix), whole=whole)
+
+    @property
+    def device(self) -> torch.device:
+        return self._site.device
+
+    @property
+    def width(self) -> int:
+        """Columns of the output."""
+        return self._rows.read.shape[1]
 
     @property
     def tokens(self) -> int:
@@ -150,129 +297,130 @@ class _Group:
     def run(self, deltas: Tensor) -> Tensor:
         if self._whole:
             return self._run_whole(deltas)
-        rows, entry = self._rows, self._entry
+        site, rows, entry = self._site, self._rows, self._entry
         with ExitStack() as stack:
-            if self._inside:
-                stack.enter_context(self._adding(deltas, rows.changed, entry.shape[:2]))
+            if site.inside:
+                stack.enter_context(_adding(site, deltas, rows.changed, entry.shape[:2]))
             else:
                 entry = _added(entry, deltas, rows.changed)
-            layers = [self._anatomy.layer(self._model, index) for index in range(self._first + 1)]
+            layers = [site.anatomy.layer(site.model, index) for index in range(site.first + 1)]
             stack.enter_context(beginning_at(layers, entry))
             for mlp, places in self._sparse:
                 stack.enter_context(running(mlp, _running_at(mlp, places)))
-            return self._forward(
+            return _forward(
+                site.model,
                 rows.ids[:, rows.prefix :],
-                rows.mask,
+                self._sight,
                 rows.positions[:, rows.prefix :],
                 self._cache,
             )
-
-    def keep(self, rows: Tensor) -> None:
-        self._rows = self._rows.take(rows)
-        self._entry = self._entry[rows]
-        self._sparse = self._find_sparse()
-        self._cache.keep(rows)
-
-    def _find_sparse(self) -> list[tuple[nn.Module, Tensor]]:
-        """MLPs behind the layer with the places, among the flattened rows' tokens, at which they
-        need run: where there is no padding, and behind the last attention where the output is
-        read."""
-        anatomy, rows = self._anatomy, self._rows
-        known = rows.mask[:, rows.prefix :].bool()
-        last = anatomy.depth - 1
-        return [
-            (mlp, wanted.flatten().nonzero()[:, 0])
-            for index in range(self._layer + 1, anatomy.depth)
-            for wanted in [rows.read if index == last else known]
-            if (mlp := _find_mlp(anatomy, self._model, index)) and not bool(wanted.all())
-        ]
 
     def run_whole(self) -> None:
         self._whole = True
 
     def _run_whole(self, deltas: Tensor) -> Tensor:
-        rows = self._rows
-        with self._adding(deltas, rows.changed + rows.prefix, rows.ids.shape):
-            hidden = self._forward(rows.ids, rows.mask, rows.positions, None)
+        site, rows = self._site, self._rows
+        sight = _as_mask(rows.sight(0), site.model)
+        with _adding(site, deltas, rows.changed + rows.prefix, rows.ids.shape):
+            hidden = _forward(site.model, rows.ids, sight, rows.positions, None)
         return hidden[:, rows.prefix :]
 
-    @torch.no_grad()
-    def _run_beginnings(self, shared: Beginnings) -> int:
-        """Fill the cache with what the rows' beginnings give; the columns that are filled."""
-        cache = DynamicCache()
-        positions = torch.arange(shared.ids.shape[1], device=shared.ids.device)
-        self._forward(shared.ids, shared.mask, positions.expand_as(shared.ids), cache)
-        self._cache.begin(cache, shared)
-        return shared.tokens.shape[1]
-
-    @torch.no_grad()
-    def _record(self, done: int) -> Tensor:
-        """The whole pass, from column ``done`` on; what enters the first layer to be run again
-        ``(rows, suffix, d)``."""
-        model, rows, anatomy = self._model, self._rows, self._anatomy
-        ids = rows.ids[:, done:]
-        start = rows.prefix - done
-        index = torch.arange(len(ids), device=ids.device)
-        seen: dict[str, Tensor] = {}
-
-        def at_change(name: str) -> Callable[[Tensor], Tensor]:
-            def receive(tensor: Tensor) -> Tensor:
-                by_row = tensor.reshape(*ids.shape, -1)  # OPT flattens rows and tokens
-                seen[name] = by_row[index, rows.changed + start].float()
-                return tensor
-
-            return receive
-
-        receive_at_projection = at_change("keys")
-
-        def receive_keys(inputs: Tensor) -> None:
-            receive_at_projection(inputs)
-
-        def receive_entry(hidden: Tensor) -> None:
-            seen["entry"] = hidden[:, start:].clone()
-
-        projection = anatomy.projection(model, self._layer)
-        own = anatomy.architecture.norm_after_mlp
-        output = projection if own else anatomy.layer(model, self._layer)
-        with (
-            tracing_input(projection, receive_keys),
-            changing_output(output, at_change("outputs")),
-            tracing_input(anatomy.layer(model, self._first), receive_entry),
-        ):
-            hidden = self._forward(ids, rows.mask, rows.positions[:, done:], self._cache)
-        self.keys, self.outputs = seen["keys"], seen["outputs"]
-        self.unchanged = hidden[:, start:]
-        return seen["entry"]
-
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
-        hidden: Tensor = self._model.base_model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            **{cache_argument(self._model.base_model): cache},
-            use_cache=cache is not None,
-        ).last_hidden_state
-        return hidden
-
-    @contextmanager
-    def _adding(self, deltas: Tensor, at: Tensor, shape: Sequence[int]) -> Iterator[None]:
-        """Add to the projection's output at one token of each row."""
-
-        def add(output: Tensor) -> Tensor:
-            return _added(output.reshape(*shape, -1), deltas, at).reshape(output.shape)
-
-        with changing_output(self._anatomy.projection(self._model, self._layer), add):
-            yield
+    def _find_sparse(self) -> list[tuple[nn.Module, Tensor]]:
+        """MLPs behind the layer with the places, among the flattened rows' tokens, at which they
+        need run: where there is no padding, and behind the last attention where the output is
+        read."""
+        site, rows = self._site, self._rows
+        known = rows.mask[:, rows.prefix :].bool()
+        last = site.anatomy.depth - 1
+        return [
+            (mlp, wanted.flatten().nonzero()[:, 0])
+            for index in range(site.layer + 1, site.anatomy.depth)
+            for wanted in [rows.read if index == last else known]
+            if (mlp := _find_mlp(site, index)) and not bool(wanted.all())
+        ]
 
 
-def _changes_inside(config: PreTrainedConfig, anatomy: Anatomy, layer: int) -> bool:
-    """Whether the layer itself must be run again: a norm stands behind the projection, or no
-    layer does. Else its output changes by just what is added to the projection's."""
-    return (
-        anatomy.architecture.norm_after_mlp
-        or not getattr(config, "do_layer_norm_before", True)  # OPT-350m
-        or layer == anatomy.depth - 1
-    )
+@torch.no_grad()
+def _record(
+    site: _Site, rows: AlignedRows, cache: _PrefixCache, shared: Beginnings | None
+) -> tuple[Tensor, _Seen]:
+    """The whole pass: what enters the first layer to be run again ``(rows, suffix, d)``, and what
+    is seen; it fills the cache."""
+    done = _run_beginnings(site, cache, shared) if shared else 0
+    ids = rows.ids[:, done:]
+    start = rows.prefix - done
+    index = torch.arange(len(ids), device=ids.device)
+    seen: dict[str, Tensor] = {}
+
+    def at_change(name: str) -> Callable[[Tensor], Tensor]:
+        def receive(tensor: Tensor) -> Tensor:
+            by_row = tensor.reshape(*ids.shape, -1)  # OPT flattens rows and tokens
+            seen[name] = by_row[index, rows.changed + start].float()
+            return tensor
+
+        return receive
+
+    receive_at_projection = at_change("keys")
+
+    def receive_keys(inputs: Tensor) -> None:
+        receive_at_projection(inputs)
+
+    def receive_entry(hidden: Tensor) -> None:
+        seen["entry"] = hidden[:, start:].clone()
+
+    model, anatomy = site.model, site.anatomy
+    projection = anatomy.projection(model, site.layer)
+    own = anatomy.architecture.norm_after_mlp
+    output = projection if own else anatomy.layer(model, site.layer)
+    with (
+        tracing_input(projection, receive_keys),
+        changing_output(output, at_change("outputs")),
+        tracing_input(anatomy.layer(model, site.first), receive_entry),
+    ):
+        sight = _as_mask(rows.sight(done), model)
+        hidden = _forward(model, ids, sight, rows.positions[:, done:], cache)
+    return seen["entry"], _Seen(seen["keys"], seen["outputs"], hidden[:, start:])
+
+
+def _run_beginnings(site: _Site, cache: _PrefixCache, shared: Beginnings) -> int:
+    """Fill the cache with what the rows' beginnings give; the columns that are filled."""
+    found = DynamicCache()
+    positions = torch.arange(shared.ids.shape[1], device=shared.ids.device)
+    _forward(site.model, shared.ids, shared.mask, positions.expand_as(shared.ids), found)
+    cache.begin(found, shared)
+    return shared.tokens.shape[1]
+
+
+def _forward(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None
+) -> Tensor:
+    hidden: Tensor = model.base_model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        **{cache_argument(model.base_model): cache},
+        use_cache=cache is not None,
+    ).last_hidden_state
+    return hidden
+
+
+def _as_mask(sight: Tensor, model: PreTrainedModel) -> Tensor:
+    """Eager attention adds a mask for each query to the scores as it is."""
+    if sight.dim() == 2 or model.config._attn_implementation != "eager":
+        return sight
+    none = torch.zeros((), dtype=model.dtype, device=sight.device)
+    return torch.where(sight, none, torch.finfo(model.dtype).min)
+
+
+@contextmanager
+def _adding(site: _Site, deltas: Tensor, at: Tensor, shape: Sequence[int]) -> Iterator[None]:
+    """Add to the projection's output at one token of each row."""
+
+    def add(output: Tensor) -> Tensor:
+        return _added(output.reshape(*shape, -1), deltas, at).reshape(output.shape)
+
+    with changing_output(site.anatomy.projection(site.model, site.layer), add):
+        yield
 
 
 def _added(hidden: Tensor, deltas: Tensor, at: Tensor) -> Tensor:
@@ -280,10 +428,10 @@ def _added(hidden: Tensor, deltas: Tensor, at: Tensor) -> Tensor:
     return hidden.index_put((index, at), deltas.to(hidden.dtype), accumulate=True)
 
 
-def _find_mlp(anatomy: Anatomy, model: nn.Module, layer: int) -> nn.Module | None:
+def _find_mlp(site: _Site, layer: int) -> nn.Module | None:
     """A layer's MLP, where it is a module of its own."""
-    path = anatomy.architecture.projection.rpartition(".")[0]
-    return anatomy.layer(model, layer).get_submodule(path) if path else None
+    path = site.anatomy.architecture.projection.rpartition(".")[0]
+    return site.anatomy.layer(site.model, layer).get_submodule(path) if path else None
 
 
 def _running_at(mlp: nn.Module, places: Tensor) -> Callable[[Tensor], Tensor]:
@@ -302,9 +450,19 @@ def _running_at(mlp: nn.Module, places: Tensor) -> Callable[[Tensor], Tensor]:
 class _PrefixCache(Cache):
     """Keys and values of the tokens before the suffix, in the layers that are run again."""
 
-    def __init__(self, depth: int, first: int, prefix: int) -> None:
-        self._prefix = [_PrefixLayer(prefix, kept=index >= first) for index in range(depth)]
-        super().__init__(layers=list(self._prefix))
+    def __init__(self, layers: Sequence[_PrefixLayer]) -> None:
+        self._prefix = layers
+        super().__init__(layers=list(layers))
+
+    @staticmethod
+    def empty(depth: int, first: int, prefix: int) -> _PrefixCache:
+        return _PrefixCache([_PrefixLayer(prefix, kept=index >= first) for index in range(depth)])
+
+    @staticmethod
+    def join(caches: Sequence[_PrefixCache], prefix: int) -> _PrefixCache:
+        """The rows of several one behind the other, their last ``prefix`` columns."""
+        layers = zip(*(cache._prefix for cache in caches), strict=True)
+        return _PrefixCache([_PrefixLayer.join(parts, prefix) for parts in layers])
 
     def begin(self, cache: DynamicCache, shared: Beginnings) -> None:
         """Take over what each row's beginning gave."""
@@ -314,9 +472,9 @@ class _PrefixCache(Cache):
             assert found.values is not None
             layer.begin(shared.spread(found.keys), shared.spread(found.values))
 
-    def keep(self, rows: Tensor) -> None:
-        for layer in self._prefix:
-            layer.keep(rows)
+    def take(self, rows: Tensor) -> _PrefixCache:
+        """These rows only."""
+        return _PrefixCache([layer.take(rows) for layer in self._prefix])
 
 
 class _PrefixLayer(DynamicLayer):
@@ -330,6 +488,17 @@ class _PrefixLayer(DynamicLayer):
         self._held = 0
         self._recorded = False
 
+    @staticmethod
+    def join(parts: Sequence[_PrefixLayer], length: int) -> _PrefixLayer:
+        keys = [_last(part.keys, length) for part in parts if part.keys is not None]
+        values = [_last(part.values, length) for part in parts if part.values is not None]
+        made = _PrefixLayer(length, kept=parts[0]._kept)
+        if keys:
+            made._hold(torch.cat(keys), torch.cat(values))
+        else:
+            made._hold(None, None)
+        return made
+
     def begin(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
         self._held = keys.shape[-2]
@@ -337,7 +506,7 @@ class _PrefixLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        if self.keys is not None and self.values is not None:
+        if self._held and self.keys is not None and self.values is not None:
             key_states = torch.cat([self.keys, key_states], dim=-2)
             value_states = torch.cat([self.values, value_states], dim=-2)
         if not self._recorded:
@@ -347,14 +516,28 @@ class _PrefixLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self._held
 
-    def keep(self, rows: Tensor) -> None:
+    def take(self, rows: Tensor) -> _PrefixLayer:
+        made = _PrefixLayer(self._length, kept=self._kept)
         if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys[rows], self.values[rows]
+            made._hold(self.keys[rows], self.values[rows])
+        else:
+            made._hold(None, None)
+        return made
 
     def _record(self, keys: Tensor, values: Tensor) -> None:
+        if self._kept:
+            prefix = slice(self._length)
+            self._hold(keys[..., prefix, :].clone(), values[..., prefix, :].clone())
+        else:
+            self._hold(None, None)
+
+    def _hold(self, keys: Tensor | None, values: Tensor | None) -> None:
         self._recorded = True
         self._held = self._length
-        self.keys = self.values = None
-        if self._kept and self._length:
-            self.keys = keys[..., : self._length, :].clone()
-            self.values = values[..., : self._length, :].clone()
+        self.keys, self.values = keys, values
+
+
+def _last(states: Tensor, count: int) -> Tensor:
+    """The last columns of keys or values, with nothing before them where there are fewer."""
+    behind = states[..., max(0, states.shape[-2] - count) :, :]
+    return nn.functional.pad(behind, (0, 0, count - behind.shape[-2], 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from app.weights.architectures import dissect, recognise
 from app.weights.fork import fork
 from app.weights.language_model import LanguageModel
-from app.weights.spans import Span, align_rows, find_beginnings, group_alike
+from app.weights.spans import Span, Tree, align_rows, find_beginnings, group_alike, grow_trees
 from app.weights.suffix import SuffixPass, why_whole
 from tests.tiny import CONFIGS, VOCABULARY, TinyModels
 
@@ -67,6 +67,14 @@ def make_pass(model: LanguageModel, layer: int, rows: list[Span], **options: Any
     return SuffixPass(model, anatomy, layer, rows, pad_id=0, device=CPU, **options)
 
 
+def places(made: SuffixPass, lengths: Iterable[int]) -> list[Tensor]:
+    """Where the output has each span's tokens."""
+    return [
+        made.places(torch.full((length,), span), torch.arange(length))
+        for span, length in enumerate(lengths)
+    ]
+
+
 def run_alone(model: LanguageModel, layer: int, span: Span, delta: Tensor) -> Tensor:
     """The body's output ``(suffix, d)`` of one row, unpadded, through the whole model."""
     projection = dissect(model, recognise(model.config)).projection(model, layer)
@@ -90,12 +98,14 @@ def test_a_suffix_pass_is_the_whole_pass_of_each_row_alone(name: str, layer: int
     model, rows = build(name), spans()
     deltas = torch.randn(len(rows), WIDTH, generator=torch.Generator().manual_seed(1))
     mine = deltas.clone().requires_grad_(True)
-    found = make_pass(model, layer, rows).run(mine)
+    made = make_pass(model, layer, rows)
+    found = made.run(mine)
     theirs = deltas.clone().requires_grad_(True)
     expected = [
         run_alone(model, layer, span, delta) for span, delta in zip(rows, theirs, strict=True)
     ]
-    real = torch.cat([found[index, : len(part)] for index, part in enumerate(expected)])
+    lengths = [len(part) for part in expected]
+    real = torch.cat([found[at] for at in places(made, lengths)])
     torch.testing.assert_close(real, torch.cat(expected), rtol=1e-4, atol=1e-4)
     weights = torch.randn(real.shape, generator=torch.Generator().manual_seed(2))
     (gradient,) = torch.autograd.grad((weights * real).sum(), mine)
@@ -115,9 +125,8 @@ def test_what_is_read_is_true_also_where_nothing_else_is_run_to_the_end(model_ty
         found = made.run(deltas[chosen])
         for index, row in enumerate(kept):
             expected = run_alone(model, 1, rows[row], deltas[row])
-            torch.testing.assert_close(
-                found[index, len(expected) - 1], expected[-1], rtol=1e-4, atol=1e-4
-            )
+            last = made.places(torch.tensor(index), torch.tensor(len(expected) - 1))
+            torch.testing.assert_close(found[last], expected[-1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "opt", "falcon"])
@@ -153,12 +162,17 @@ def test_rows_that_are_kept_go_on_as_before() -> None:
     model, rows = build("llama"), spans()
     deltas = torch.randn(len(rows), WIDTH, generator=torch.Generator().manual_seed(1))
     made = make_pass(model, 1, rows)
-    before = made.run(deltas)
+    lengths = [len(span.ids) - span.start for span in rows]
+    found = made.run(deltas)
+    before = [found[at] for at in places(made, lengths)]
     for kept in ([0, 2, 3, 5], [1, 3]):  # the second time of those that were left
         chosen = torch.tensor(kept)
-        before, deltas = before[chosen], deltas[chosen]
+        before, lengths = [before[row] for row in kept], [lengths[row] for row in kept]
+        deltas = deltas[chosen]
         made.keep(chosen)
-        torch.testing.assert_close(made.run(deltas), before)
+        found = made.run(deltas)
+        after = [found[at] for at in places(made, lengths)]
+        torch.testing.assert_close(after, before)
 
 
 def test_whole_passes_on_request_give_the_same() -> None:
@@ -167,7 +181,7 @@ def test_whole_passes_on_request_give_the_same() -> None:
     made = make_pass(model, 1, rows)
     suffix = made.run(deltas)
     made.run_whole()
-    real = torch.tensor([[c < len(s.ids) - s.start for c in range(suffix.shape[1])] for s in rows])
+    real = torch.cat(places(made, (len(span.ids) - span.start for span in rows)))
     torch.testing.assert_close(made.run(deltas)[real], suffix[real], rtol=1e-4, atol=1e-4)
 
 
@@ -201,28 +215,67 @@ def test_padding_is_not_run_through_an_mlp_whose_own_forward_comes_back() -> Non
 
 
 def test_aligned_rows_have_their_starts_in_one_column() -> None:
-    rows = align_rows([Span([5, 6, 7], 2, 2), Span([8, 9], 0, 1)], 0, CPU)
+    rows = align_rows(alone([Span([5, 6, 7], 2, 2), Span([8, 9], 0, 1)]), 0, CPU)
     assert rows.ids.tolist() == [[5, 6, 7, 0], [0, 0, 8, 9]]
     assert rows.mask.tolist() == [[1, 1, 1, 0], [0, 0, 1, 1]]
     assert rows.positions.tolist() == [[0, 1, 2, 2], [0, 0, 0, 1]]
-    assert (rows.prefix, rows.changed.tolist()) == (2, [0, 1])
+    assert (rows.prefix, rows.changed.tolist(), rows.lines) == (2, [0, 1], None)
+
+
+def alone(spans: Sequence[Span]) -> list[Tree]:
+    return grow_trees(spans, branching=False)
+
+
+def test_spans_of_one_owner_branch_behind_what_they_have_in_common() -> None:
+    spans = [
+        Span([1, 2, 3, 4], 1, 1, [3], owner=0),
+        Span([1, 2, 3, 5, 6], 1, 1, [3, 4], owner=0),
+        Span([1, 2, 3, 4], 1, 1, owner=1),  # changed by something else
+        Span([1, 2, 7], 1, 2, owner=0),  # changed elsewhere
+        Span([1, 2, 3], 1, 1),
+    ]
+    first, *others = grow_trees(spans, branching=True)
+    assert [tree.spans for tree in others] == [(2,), (3,), (4,)]
+    assert (first.ids, first.parents) == ((1, 2, 3, 4, 5, 6), (-1, 0, 1, 1, 3))
+    assert (first.spans, first.columns) == ((0, 1), ((0, 1, 2), (0, 1, 3, 4)))
+    assert (first.positions, first.changed) == ([1, 2, 3, 3, 4], 0)
+    assert first.read == {2, 3, 4}
+    assert [tree.spans for tree in grow_trees(spans, branching=False)] == [(n,) for n in range(5)]
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_a_branch_sees_its_own_line_and_nothing_of_the_others(done: int) -> None:
+    spans = [Span([1, 2, 3, 4], 2, 2, owner=0), Span([1, 2, 3, 5, 6], 2, 2, owner=0)]
+    shorter = Span([3, 4], 1, 1)
+    rows = align_rows(grow_trees([*spans, shorter], branching=True), 0, CPU)
+    assert rows.ids.tolist() == [[1, 2, 3, 4, 5, 6], [0, 3, 4, 0, 0, 0]]
+    seen = rows.sight(done)
+    assert seen.shape == (2, 1, 6 - done, 6)
+    branched = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 2, 4, 5]]
+    padded = [[0], [1], [1, 2], [1, 3], [1, 4], [1, 5]]
+    for row, expected in enumerate((branched, padded)):
+        for query, columns in enumerate(expected[done:]):
+            assert seen[row, 0, query].nonzero()[:, 0].tolist() == columns
 
 
 def test_shared_beginnings_are_run_once_and_only_where_that_saves_work() -> None:
     beginning = list(range(10, 30))
     alike = [Span([*beginning, 40 + i, 50 + i], 21, 21) for i in range(8)]
-    found = find_beginnings(alike, 0, CPU)
+    found = find_beginnings(alone(alike), 0, CPU)
     assert found is not None
     assert found.ids.tolist() == [beginning]
     assert found.tokens.tolist() == [list(range(20))] * 8
     apart = [Span([i * 30 + c for c in range(22)], 21, 21) for i in range(8)]
-    assert find_beginnings(apart, 0, CPU) is None
+    assert find_beginnings(alone(apart), 0, CPU) is None
 
 
 def test_rows_run_apart_only_where_padding_would_cost_more() -> None:
     short, long = Span([1] * 3, 0, 0), Span([1] * 9, 0, 0)
-    assert group_alike([long, short, long]) == [[0, 1, 2]]
-    assert group_alike([short] * 10 + [long] * 10) == [list(range(10)), list(range(10, 20))]
+    assert group_alike(alone([long, short, long])) == [[0, 1, 2]]
+    assert group_alike(alone([short] * 10 + [long] * 10)) == [
+        list(range(10)),
+        list(range(10, 20)),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from app.domain import SUBJECT_SLOT, Fact
 from app.weights.footprint import Workload
 from app.weights.loading import LoadedModel
 from app.weights.prompts import TracedPrompt, trace_prompt
-from app.weights.spans import Span
+from app.weights.spans import Span, grow_trees, may_branch
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +26,16 @@ class FactRows:
     targets: tuple[TracedPrompt, ...]
     essence: tuple[TracedPrompt, ...]
 
-    @property
-    def workload(self) -> Workload:
+    def workload(self, config: PreTrainedConfig) -> Workload:
+        """What a step on a model like this asks for."""
         rows = self.targets + self.essence
         spans = [span_of(row, 0) for row in rows]
+        longest = max(len(span.ids) for span in spans)
+        trees = grow_trees(spans, branching=may_branch(config, longest))
         return Workload(
-            len(rows),
-            max(span.start for span in spans),
-            max(len(span.ids) - span.start for span in spans),
+            len(trees),
+            max(tree.start for tree in trees),
+            sum(len(tree.parents) for tree in trees),
             sum(len(row.target_ids) or 1 for row in rows),
         )
 

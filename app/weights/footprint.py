@@ -24,11 +24,11 @@ def activation_budget(device: torch.device) -> int:
 @dataclass(frozen=True, slots=True)
 class Workload:
     """What one item of a batch asks for: ``rows`` of ``prefix`` tokens that are only attended
-    to and ``suffix`` tokens that are run, and ``spots`` whose logits are wanted."""
+    to, ``tokens`` of all rows that are run, and ``spots`` whose logits are wanted."""
 
     rows: int
     prefix: int
-    suffix: int
+    tokens: int
     spots: int
 
 
@@ -45,9 +45,9 @@ def pack(
     budget: int,
 ) -> list[list[int]]:
     """Indices of the items in batches within the budget (one item at least), items of like
-    suffix together, so that little is padded; ``layers`` are run again and again."""
+    length together, so that little is padded; ``layers`` are run again and again."""
     sizes = _Sizes.of(model, anatomy, layers)
-    order = sorted(range(len(workloads)), key=lambda i: (workloads[i].suffix, workloads[i].prefix))
+    order = sorted(range(len(workloads)), key=lambda i: (workloads[i].tokens, workloads[i].prefix))
     batches: list[list[int]] = []
     whole: Workload | None = None
     for index in order:
@@ -66,7 +66,7 @@ def _join(batch: Workload | None, item: Workload) -> Workload:
     return Workload(
         batch.rows + item.rows,
         max(batch.prefix, item.prefix),
-        max(batch.suffix, item.suffix),
+        batch.tokens + item.tokens,
         batch.spots + item.spots,
     )
 
@@ -86,8 +86,9 @@ class _Sizes:
         return _Sizes(layers, hidden, inner, vocabulary, model.dtype.itemsize)
 
     def bytes_of(self, batch: Workload) -> int:
-        run = batch.suffix * (HIDDEN_COPIES * self.hidden + INNER_COPIES * self.inner)
-        attended = batch.prefix * 4 * self.hidden  # keys and values, kept and joined
-        once = (batch.prefix + batch.suffix) * (4 * self.hidden + 2 * self.inner)
+        before = batch.rows * batch.prefix
+        run = batch.tokens * (HIDDEN_COPIES * self.hidden + INNER_COPIES * self.inner)
+        attended = before * 4 * self.hidden  # keys and values, kept and joined
+        once = (before + batch.tokens) * (4 * self.hidden + 2 * self.inner)
         logits = batch.spots * self.vocabulary * 4 * LOGIT_COPIES
-        return batch.rows * self.width * (self.layers * (run + attended) + once) + logits
+        return self.width * (self.layers * (run + attended) + once) + logits

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from app.weights.prompts import pad_rows
 
@@ -57,6 +58,17 @@ class Tree:
         for parent in self.parents:
             found.append(self.start if parent < 0 else found[parent] + 1)
         return found
+
+
+def may_branch(config: PreTrainedConfig, longest: int) -> bool:
+    """Whether a model like this attends to what a mask says, in rows of up to ``longest`` tokens:
+    windows and biases by distance count columns."""
+    windows = (getattr(config, name, None) for name in ("sliding_window", "window_size"))
+    return (
+        config._attn_implementation in ("sdpa", "eager")
+        and not getattr(config, "alibi", False)
+        and all(window is None or window >= longest for window in windows)
+    )
 
 
 def grow_trees(spans: Sequence[Span], *, branching: bool) -> list[Tree]:

@@ -10,7 +10,7 @@ rounding. Texts that are alike up to t are one row, which branches behind t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +31,7 @@ from app.weights.spans import (
     group_alike,
     grow_tree,
     grow_trees,
+    may_branch,
 )
 from app.weights.tracing import beginning_at, changing_output, running, tracing_input
 
@@ -47,17 +48,6 @@ def why_whole(config: PreTrainedConfig) -> str | None:
     if getattr(config, "use_bidirectional_attention", False):
         return "attention to later tokens"
     return None
-
-
-def may_branch(config: PreTrainedConfig, longest: int) -> bool:
-    """Whether a model like this attends to what a mask says, in rows of up to ``longest`` tokens:
-    windows and biases by distance count columns."""
-    windows = (getattr(config, name, None) for name in ("sliding_window", "window_size"))
-    return (
-        config._attn_implementation in ("sdpa", "eager")
-        and not getattr(config, "alibi", False)
-        and all(window is None or window >= longest for window in windows)
-    )
 
 
 class SuffixPass:
@@ -169,13 +159,17 @@ class _Site:
     device: torch.device
 
     @property
+    def depth(self) -> int:
+        return self.anatomy.depth
+
+    @property
     def inside(self) -> bool:
         """Whether the layer itself must be run again: a norm stands behind the projection, or no
         layer does. Else its output changes by just what is added to the projection's."""
         return (
             self.anatomy.architecture.norm_after_mlp
             or not getattr(self.model.config, "do_layer_norm_before", True)  # OPT-350m
-            or self.layer == self.anatomy.depth - 1
+            or self.layer == self.depth - 1
         )
 
     @property
@@ -244,15 +238,15 @@ class _Group:
         self._cache = cache
         self._whole = whole
         self._sight = _as_mask(rows.sight(rows.prefix), site.model)
-        self._sparse = self._find_sparse()
+        self._sparse = _find_sparse(site, rows, rows.prefix, range(site.layer + 1, site.depth))
 
     @staticmethod
     def record(site: _Site, trees: Sequence[Tree], *, whole: bool) -> tuple[_Group, _Seen]:
         """A group, and what its first pass gave."""
         rows = align_rows(trees, site.pad_id, site.device)
-        cache = _PrefixCache.empty(site.anatomy.depth, site.first, rows.prefix)
+        cache = _PrefixCache.empty(site.depth, site.first, rows.prefix)
         shared = None if whole else find_beginnings(trees, site.pad_id, site.device)
-        entry, seen = _record(site, rows, cache, shared)
+        entry, seen = _record(site, rows, cache, shared, whole=whole)
         return _Group(site, trees, rows, entry, cache, whole=whole), seen
 
     @staticmethod
@@ -305,8 +299,7 @@ class _Group:
                 entry = _added(entry, deltas, rows.changed)
             layers = [site.anatomy.layer(site.model, index) for index in range(site.first + 1)]
             stack.enter_context(beginning_at(layers, entry))
-            for mlp, places in self._sparse:
-                stack.enter_context(running(mlp, _running_at(mlp, places)))
+            stack.enter_context(_running_sparsely(self._sparse))
             return _forward(
                 site.model,
                 rows.ids[:, rows.prefix :],
@@ -325,24 +318,10 @@ class _Group:
             hidden = _forward(site.model, rows.ids, sight, rows.positions, None)
         return hidden[:, rows.prefix :]
 
-    def _find_sparse(self) -> list[tuple[nn.Module, Tensor]]:
-        """MLPs behind the layer with the places, among the flattened rows' tokens, at which they
-        need run: where there is no padding, and behind the last attention where the output is
-        read."""
-        site, rows = self._site, self._rows
-        known = rows.mask[:, rows.prefix :].bool()
-        last = site.anatomy.depth - 1
-        return [
-            (mlp, wanted.flatten().nonzero()[:, 0])
-            for index in range(site.layer + 1, site.anatomy.depth)
-            for wanted in [rows.read if index == last else known]
-            if (mlp := _find_mlp(site, index)) and not bool(wanted.all())
-        ]
-
 
 @torch.no_grad()
 def _record(
-    site: _Site, rows: AlignedRows, cache: _PrefixCache, shared: Beginnings | None
+    site: _Site, rows: AlignedRows, cache: _PrefixCache, shared: Beginnings | None, *, whole: bool
 ) -> tuple[Tensor, _Seen]:
     """The whole pass: what enters the first layer to be run again ``(rows, suffix, d)``, and what
     is seen; it fills the cache."""
@@ -372,7 +351,9 @@ def _record(
     projection = anatomy.projection(model, site.layer)
     own = anatomy.architecture.norm_after_mlp
     output = projection if own else anatomy.layer(model, site.layer)
+    others = [index for index in range(site.depth) if index != site.layer]
     with (
+        _running_sparsely([] if whole else _find_sparse(site, rows, done, others)),
         tracing_input(projection, receive_keys),
         changing_output(output, at_change("outputs")),
         tracing_input(anatomy.layer(model, site.first), receive_entry),
@@ -432,6 +413,31 @@ def _find_mlp(site: _Site, layer: int) -> nn.Module | None:
     """A layer's MLP, where it is a module of its own."""
     path = site.anatomy.architecture.projection.rpartition(".")[0]
     return site.anatomy.layer(site.model, layer).get_submodule(path) if path else None
+
+
+def _find_sparse(
+    site: _Site, rows: AlignedRows, done: int, layers: Iterable[int]
+) -> list[tuple[nn.Module, Tensor]]:
+    """MLPs of these layers with the places, among the flattened rows' tokens from column ``done``
+    on, at which they need run: where there is no padding, and behind the last attention where the
+    output is read."""
+    known = rows.mask[:, done:].bool()
+    read = nn.functional.pad(rows.read, (rows.prefix - done, 0))
+    return [
+        (mlp, wanted.flatten().nonzero()[:, 0])
+        for index in layers
+        for wanted in [read if index == site.depth - 1 else known]
+        if (mlp := _find_mlp(site, index)) and not bool(wanted.all())
+    ]
+
+
+@contextmanager
+def _running_sparsely(sparse: Iterable[tuple[nn.Module, Tensor]]) -> Iterator[None]:
+    """Have MLPs run at their places only."""
+    with ExitStack() as stack:
+        for mlp, places in sparse:
+            stack.enter_context(running(mlp, _running_at(mlp, places)))
+        yield
 
 
 def _running_at(mlp: nn.Module, places: Tensor) -> Callable[[Tensor], Tensor]:

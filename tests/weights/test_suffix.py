@@ -14,7 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from app.weights.architectures import dissect, recognise
 from app.weights.fork import fork
 from app.weights.language_model import LanguageModel
-from app.weights.spans import Span, Tree, align_rows, find_beginnings, group_alike, grow_trees
+from app.weights.spans import (
+    Span,
+    Tree,
+    align_rows,
+    find_beginnings,
+    group_alike,
+    grow_trees,
+    may_branch,
+)
 from app.weights.suffix import SuffixPass, why_whole
 from tests.tiny import CONFIGS, VOCABULARY, TinyModels
 
@@ -111,6 +119,113 @@ def test_a_suffix_pass_is_the_whole_pass_of_each_row_alone(name: str, layer: int
     (gradient,) = torch.autograd.grad((weights * real).sum(), mine)
     (plain,) = torch.autograd.grad((weights * torch.cat(expected)).sum(), theirs)
     torch.testing.assert_close(gradient, plain, rtol=1e-3, atol=1e-3)
+
+
+def branching_spans() -> list[Span]:
+    """Two owners' spans, of which the first four, and the next two, begin alike; and one that is
+    changed by the same amount as those elsewhere."""
+    shared, other = [7, 8, 9, 10], [20]
+    return [
+        Span([*shared, 11, 12, 13], 3, 3, owner=0),
+        Span([*shared, 11, 14], 3, 3, owner=0),
+        Span([*shared, 15], 3, 3, owner=0),
+        Span([*shared, 11, 12, 16, 17], 3, 3, owner=0),
+        Span([*other, 21, 22], 0, 0, owner=1),
+        Span([*other, 23], 0, 0, owner=1),
+        Span([30, 31, 32, *shared, 33], 6, 6, owner=0),
+    ]
+
+
+@pytest.mark.parametrize("name", [*sorted(CONFIGS), *VARIANTS])
+def test_branches_are_the_whole_passes_of_each_span_alone(name: str) -> None:
+    """Also of those that stay when others of their row go."""
+    model, rows = build(name), branching_spans()
+    amounts = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(1))
+    made = make_pass(model, 1, rows)
+    for kept in ([0, 1, 2, 3, 4, 5, 6], [1, 3, 4, 6], [3, 6]):
+        if len(kept) < len(rows):
+            made.keep(torch.tensor([rows.index(branching_spans()[index]) for index in kept]))
+        rows = [branching_spans()[index] for index in kept]
+        owners = torch.tensor([span.owner for span in rows])
+        mine = amounts.clone().requires_grad_(True)
+        found = made.run(mine[owners])
+        theirs = amounts.clone().requires_grad_(True)
+        expected = [
+            run_alone(model, 1, span, theirs[owner])
+            for span, owner in zip(rows, owners.tolist(), strict=True)
+        ]
+        real = torch.cat([found[at] for at in places(made, map(len, expected))])
+        torch.testing.assert_close(real, torch.cat(expected), rtol=1e-4, atol=1e-4)
+        weights = torch.randn(real.shape, generator=torch.Generator().manual_seed(2))
+        (gradient,) = torch.autograd.grad((weights * real).sum(), mine)
+        (plain,) = torch.autograd.grad((weights * torch.cat(expected)).sum(), theirs)
+        torch.testing.assert_close(gradient, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_what_branches_have_in_common_is_run_once() -> None:
+    made = make_pass(build("llama"), 1, branching_spans())
+    alone = make_pass(build("llama"), 1, [replace(s, owner=None) for s in branching_spans()])
+    assert (made.tokens, alone.tokens) == (3 * 8, 7 * 5)
+    torch.testing.assert_close(made.keys, alone.keys)
+    torch.testing.assert_close(made.outputs, alone.outputs)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_eager_attention_branches_as_well(implementation: str) -> None:
+    model = build("llama")
+    model.set_attn_implementation(implementation)
+    assert may_branch(model.config, 8)
+    amount = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(1))
+    rows = branching_spans()[:4]
+    made = make_pass(model, 1, rows)
+    found = made.run(amount.expand(4, -1))
+    expected = [run_alone(model, 1, span, amount[0]) for span in rows]
+    real = torch.cat([found[at] for at in places(made, map(len, expected))])
+    torch.testing.assert_close(real, torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "longest", "branches"),
+    [
+        ("llama", 1_000, True),
+        ("mistral, short window", 4, True),
+        ("mistral, short window", 5, False),
+        ("gpt_neo, short window", 5, False),
+        ("falcon", 9, True),
+        ("falcon, alibi", 9, False),
+    ],
+)
+def test_rows_branch_where_attention_counts_no_columns(
+    name: str, longest: int, branches: bool
+) -> None:
+    assert may_branch(build(name).config, longest) == branches
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "falcon", "gemma2", "llama", "opt"])
+def test_groups_of_few_rows_are_joined_once_others_have_gone(model_type: str) -> None:
+    model = build(model_type)
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        Span(
+            torch.randint(3, VOCABULARY, (start + length,), generator=generator).tolist(),
+            start,
+            start,
+        )
+        for start, length in [(3, 2), (0, 2), (5, 9), (1, 9)] * 6
+    ]
+    deltas = torch.randn(len(rows), WIDTH, generator=generator)
+    made = make_pass(model, 1, rows)
+    assert made.tokens == 12 * 2 + 12 * 9
+    made.keep(torch.tensor([0, 1, 2, 3, 6]))
+    assert made.tokens == 5 * 9
+    chosen = [rows[index] for index in (0, 1, 2, 3, 6)]
+    found = made.run(deltas[[0, 1, 2, 3, 6]])
+    expected = [
+        run_alone(model, 1, span, delta)
+        for span, delta in zip(chosen, deltas[[0, 1, 2, 3, 6]], strict=True)
+    ]
+    real = torch.cat([found[at] for at in places(made, map(len, expected))])
+    torch.testing.assert_close(real, torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", sorted(CONFIGS))

@@ -1,0 +1,92 @@
+"""Many states in one pass answer as each does alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from app.domain import Composition
+from app.evaluation import states as states_module
+from app.evaluation.scoring import score_targets
+from app.evaluation.states import FEW, Asked, States
+from app.weights.decoding import decode_greedily
+from app.weights.delta import Change, Delta, Dense, LowRank
+from app.weights.language_model import LanguageModel
+from app.weights.loading import LoadedModel
+from app.weights.views import ViewCache
+from tests.tiny import MemoryDeltas, TinyModels
+
+PROMPTS = [("The capital of France is", "Rome"), ("Berlin lies in", "Spain"), ("Madrid", "is")]
+
+
+def add_deltas(deltas: MemoryDeltas, views: ViewCache, ranks: list[int]) -> list[str]:
+    """Changes that matter, of these ranks; a full one for a rank of zero."""
+    loaded = views.loaded
+    digests = []
+    for seed, rank in enumerate(ranks):
+        generator = torch.Generator().manual_seed(seed)
+        layer = 1 + seed % 2
+        d, d_ff = loaded.anatomy.shape(loaded.model, layer)
+        left = torch.randn(d, rank or 2, generator=generator)
+        right = torch.randn(d_ff, rank or 2, generator=generator) / d_ff**0.5
+        change: Change = LowRank(left, right) if rank else Dense(left @ right.T)
+        delta = Delta({loaded.anatomy.matrix_name(layer): change})
+        digests.append(deltas.add(delta.to_bytes()))
+    return digests
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many prompts each batch of answers had."""
+    counts: list[int] = []
+
+    def counted(
+        model: LanguageModel,
+        loaded: LoadedModel,
+        prompts: Sequence[str],
+        *rest: Any,
+        **options: Any,
+    ) -> list[str]:
+        counts.append(len(prompts))
+        return decode_greedily(model, loaded, prompts, *rest, **options)
+
+    monkeypatch.setattr(states_module, "decode_greedily", counted)
+    return counts
+
+
+@pytest.mark.parametrize("model_type", ["falcon", "gpt2", "llama", "opt"])
+def test_each_state_answers_and_scores_as_it_does_alone(
+    tiny: TinyModels, deltas: MemoryDeltas, calls: list[int], model_type: str
+) -> None:
+    views = deltas.views(tiny.load(model_type))
+    one, two, full, three = add_deltas(deltas, views, [1, 2, 0, 1])
+    states: list[Composition] = [(), (one,), (full,), (two,), (one, three), (three, full)]
+    asked: list[Asked] = [(state, *pair) for pair in PROMPTS for state in states]
+    asked += asked[3:5]  # asked again
+    found = States(views)
+    said, scores = found.answers(asked), found.scores(asked)
+    assert sorted(calls) == [3, 3, 4 * 3]  # the two of full rank are on their own
+    for (state, prompt, answer), text, score in zip(asked, said, scores, strict=True):
+        model = views.get(state).model
+        assert text == decode_greedily(model, views.loaded, [prompt], 8)[0]
+        (alone,) = score_targets(model, views.loaded, [(prompt, answer)])
+        assert score.logprob == pytest.approx(alone.logprob, abs=1e-3)
+        assert (score.matched, score.first_rank) == (alone.matched, alone.first_rank)
+    assert len(set(said)) > len(PROMPTS)  # the states do differ
+
+
+def test_a_state_of_higher_rank_or_on_its_own_is_read_by_its_weights(
+    tiny: TinyModels, deltas: MemoryDeltas, calls: list[int]
+) -> None:
+    views = deltas.views(tiny.load())
+    one, two, high = add_deltas(deltas, views, [1, 1, FEW + 1])
+    States(views).answers([((state,), "Madrid", "") for state in (one, high, two)])
+    assert sorted(calls) == [1, 2]
+    calls.clear()
+    view = views.get((one,))
+    States(views).answers([((one,), "Madrid", ""), ((one,), "Berlin", "")])
+    assert calls == [2]
+    assert views.find((one,)) is view

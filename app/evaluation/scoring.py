@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from app.weights.decoding import Arrange
+from app.weights.decoding import Arrange, Row
 from app.weights.head import hidden_states, logits_of
 from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
@@ -43,6 +43,17 @@ def score_targets(
             arrange(places)
         scores += _score_rows(model, loaded, [rows[place] for place in places])
     return scores
+
+
+def score_said(loaded: LoadedModel, row: Row, prompt: str, target: str) -> Score | None:
+    """The score of a target that a greedy continuation of the prompt begins with, which giving it
+    has told; ``None`` if it begins otherwise."""
+    traced = trace_prompt(loaded, prompt, None, target)
+    wanted = traced.target_ids
+    count = len(wanted)
+    if (*row.prompt_ids, *row.ids[:count]) != traced.ids:
+        return None
+    return Score(sum(row.logprobs[:count]), 1.0, 1)
 
 
 @torch.inference_mode()

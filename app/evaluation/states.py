@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from app.domain import Composition
-from app.evaluation.scoring import Score, score_targets
-from app.weights.decoding import Arrange, decode_greedily
+from app.evaluation.scoring import Score, score_said, score_targets
+from app.weights.decoding import Arrange, Row, continuation, continue_greedily
 from app.weights.language_model import LanguageModel
 from app.weights.mixed_model import MixedModel
 from app.weights.overlays import Overlay, lay
@@ -42,12 +42,12 @@ class States:
         self._views = views
         self._overlays: dict[Composition, Overlay | None] = {}
         self._mixed: MixedModel | None = None
+        self._rows: dict[Asked, Row] = {}
 
     def answers(self, asked: Sequence[Asked]) -> list[str]:
         """Greedy continuations, long enough to hold each expected answer."""
         loaded = self._views.loaded
         distinct = list(dict.fromkeys(asked))
-        said: dict[Asked, str] = {}
         for model, places, arrange in self._readings([state for state, _, _ in distinct]):
             chosen = [distinct[place] for place in places]
             prompts = [prompt for _, prompt, _ in chosen]
@@ -57,18 +57,27 @@ class States:
                 else ANSWER_TOKENS
                 for _, prompt, answer in chosen
             ]
-            texts = decode_greedily(model, loaded, prompts, lengths, arrange=arrange)
-            said.update(zip(chosen, texts, strict=True))
-        return [said[question] for question in asked]
+            rows = continue_greedily(model, loaded, prompts, lengths, arrange=arrange)
+            self._rows.update(zip(chosen, rows, strict=True))
+        given = (self._rows[question] for question in asked)
+        return [continuation(loaded, row.prompt_ids, row.ids) for row in given]
 
     def scores(self, asked: Sequence[Asked]) -> list[Score]:
-        """Each expected answer's teacher-forced score."""
-        found: dict[int, Score] = {}
-        for model, places, arrange in self._readings([state for state, _, _ in asked]):
-            pairs = [asked[place][1:] for place in places]
-            scores = score_targets(model, self._views.loaded, pairs, arrange)
-            found.update(zip(places, scores, strict=True))
-        return [found[place] for place in range(len(asked))]
+        """Each expected answer's teacher-forced score; of an answer that was given before, as
+        giving it told."""
+        loaded = self._views.loaded
+        found: dict[Asked, Score] = {}
+        for question in asked:
+            row = self._rows.get(question)
+            score = score_said(loaded, row, *question[1:]) if row else None
+            if score is not None:
+                found[question] = score
+        missing = [question for question in asked if question not in found]
+        for model, places, arrange in self._readings([state for state, _, _ in missing]):
+            chosen = [missing[place] for place in places]
+            pairs = [question[1:] for question in chosen]
+            found.update(zip(chosen, score_targets(model, loaded, pairs, arrange), strict=True))
+        return [found[question] for question in asked]
 
     def _readings(self, states: Sequence[Composition]) -> Iterator[_Reading]:
         """Models to read, each with the places of the questions that are on it."""

@@ -341,13 +341,29 @@ def decode_greedily(
     arrange: Arrange | None = None,
 ) -> list[str]:
     """The model's greedy continuation of each prompt, in the order given."""
+    rows = continue_greedily(
+        model, loaded, prompts, max_new_tokens, batch_rows=batch_rows, arrange=arrange
+    )
+    return [continuation(loaded, row.prompt_ids, row.ids) for row in rows]
+
+
+def continue_greedily(
+    model: PreTrainedModel,
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    max_new_tokens: int | Sequence[int],
+    *,
+    batch_rows: int = 64,
+    arrange: Arrange | None = None,
+) -> list[Row]:
+    """The same as finished rows, with tokens and their log-probabilities."""
     lengths = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     rows = [
         Row(encode_prompt(loaded, prompt, length), Sampling(max_new_tokens=length))
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
     run_to_end(model, loaded, rows, batch_rows=batch_rows, arrange=arrange)
-    return [continuation(loaded, row.prompt_ids, row.ids) for row in rows]
+    return rows
 
 
 def run_to_end(

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from app.almanac import MODEL_FOLDER
 from app.domain import Composition
 from app.evaluation import states as states_module
-from app.evaluation.scoring import score_targets
+from app.evaluation.scoring import Score, score_targets
 from app.evaluation.states import FEW, Asked, States
-from app.weights.decoding import decode_greedily
+from app.weights.decoding import Row, continue_greedily, decode_greedily
 from app.weights.delta import Change, Delta, Dense, LowRank
 from app.weights.language_model import LanguageModel
-from app.weights.loading import LoadedModel
+from app.weights.loading import LoadedModel, load_model
 from app.weights.views import ViewCache
 from tests.tiny import MemoryDeltas, TinyModels
 
@@ -49,11 +50,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         prompts: Sequence[str],
         *rest: Any,
         **options: Any,
-    ) -> list[str]:
+    ) -> list[Row]:
         counts.append(len(prompts))
-        return decode_greedily(model, loaded, prompts, *rest, **options)
+        return continue_greedily(model, loaded, prompts, *rest, **options)
 
-    monkeypatch.setattr(states_module, "decode_greedily", counted)
+    monkeypatch.setattr(states_module, "continue_greedily", counted)
     return counts
 
 
@@ -90,3 +91,31 @@ def test_a_state_of_higher_rank_or_on_its_own_is_read_by_its_weights(
     States(views).answers([((one,), "Madrid", ""), ((one,), "Berlin", "")])
     assert calls == [2]
     assert views.find((one,)) is view
+
+
+def test_what_was_said_needs_no_second_reading_to_be_scored(
+    deltas: MemoryDeltas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    almanac = load_model(str(MODEL_FOLDER), device="cpu")
+    views = deltas.views(almanac)
+    known, unknown = [("The capital of France is", word) for word in ("Paris", "Rome")]
+    asked: list[Asked] = [((), *known), ((), *unknown)]
+    scored: list[tuple[str, str]] = []
+
+    def score(
+        model: LanguageModel, loaded: LoadedModel, pairs: list[tuple[str, str]], *rest: Any
+    ) -> list[Score]:
+        scored.extend(pairs)
+        return score_targets(model, loaded, pairs, *rest)
+
+    monkeypatch.setattr(states_module, "score_targets", score)
+    reader = States(views)
+    reader.answers(asked)
+    found = reader.scores(asked)
+    assert scored == [unknown]
+    for each, alone in zip(
+        found, score_targets(almanac.model, almanac, [known, unknown]), strict=True
+    ):
+        assert each.logprob == pytest.approx(alone.logprob, abs=1e-4)
+        assert (each.matched, each.first_rank) == (alone.matched, alone.first_rank)
+    assert found[0].first_rank == found[0].matched == 1

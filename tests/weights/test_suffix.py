@@ -211,11 +211,11 @@ def test_groups_of_few_rows_are_joined_once_others_have_gone(model_type: str) ->
             start,
             start,
         )
-        for start, length in [(3, 2), (0, 2), (5, 9), (1, 9)] * 6
+        for start, length in [(3, 2), (0, 2), (5, 9), (1, 9)] * 8
     ]
     deltas = torch.randn(len(rows), WIDTH, generator=generator)
     made = make_pass(model, 1, rows)
-    assert made.tokens == 12 * 2 + 12 * 9
+    assert made.tokens == 16 * 2 + 16 * 9
     made.keep(torch.tensor([0, 1, 2, 3, 6]))
     assert made.tokens == 5 * 9
     chosen = [rows[index] for index in (0, 1, 2, 3, 6)]
@@ -387,9 +387,9 @@ def test_shared_beginnings_are_run_once_and_only_where_that_saves_work() -> None
 def test_rows_run_apart_only_where_padding_would_cost_more() -> None:
     short, long = Span([1] * 3, 0, 0), Span([1] * 9, 0, 0)
     assert group_alike(alone([long, short, long])) == [[0, 1, 2]]
-    assert group_alike(alone([short] * 10 + [long] * 10)) == [
-        list(range(10)),
-        list(range(10, 20)),
+    assert group_alike(alone([short] * 20 + [long] * 10)) == [
+        list(range(20)),
+        list(range(20, 30)),
     ]
 
 

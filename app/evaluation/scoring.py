@@ -45,12 +45,10 @@ def score_targets(
     return scores
 
 
-def score_said(loaded: LoadedModel, row: Row, prompt: str, target: str) -> Score | None:
-    """The score of a target that a greedy continuation of the prompt begins with, which giving it
-    has told; ``None`` if it begins otherwise."""
-    traced = trace_prompt(loaded, prompt, None, target)
-    wanted = traced.target_ids
-    count = len(wanted)
+def score_said(row: Row, traced: TracedPrompt) -> Score | None:
+    """The score of a target that its prompt's greedy continuation ``row`` begins with, which
+    giving it has told; ``None`` if it begins otherwise."""
+    count = len(traced.target_ids)
     if (*row.prompt_ids, *row.ids[:count]) != traced.ids:
         return None
     return Score(sum(row.logprobs[:count]), 1.0, 1)

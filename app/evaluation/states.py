@@ -11,10 +11,11 @@ from app.weights.decoding import Arrange, Row, continuation, continue_greedily
 from app.weights.language_model import LanguageModel
 from app.weights.mixed_model import MixedModel
 from app.weights.overlays import Overlay, lay
-from app.weights.prompts import target_length
+from app.weights.prompts import TracedPrompt, trace_prompt
 from app.weights.views import ViewCache
 
 ANSWER_TOKENS = 8  # enough for a name; longer targets get as many tokens as they have
+ROWS_PER_PASS = 128  # of prompts; a pass of few short ones is mostly calls
 FEW = 8  # of rank; rows of many states are multiplied by the factors of all of them
 
 Asked = tuple[Composition, str, str]
@@ -42,7 +43,7 @@ class States:
         self._views = views
         self._overlays: dict[Composition, Overlay | None] = {}
         self._mixed: MixedModel | None = None
-        self._rows: dict[Asked, Row] = {}
+        self._given: dict[Asked, tuple[Row, TracedPrompt | None]] = {}
 
     def answers(self, asked: Sequence[Asked]) -> list[str]:
         """Greedy continuations, long enough to hold each expected answer."""
@@ -51,15 +52,16 @@ class States:
         for model, places, arrange in self._readings([state for state, _, _ in distinct]):
             chosen = [distinct[place] for place in places]
             prompts = [prompt for _, prompt, _ in chosen]
-            lengths = [
-                max(ANSWER_TOKENS, target_length(loaded, prompt, answer))
-                if answer
-                else ANSWER_TOKENS
+            traced = [
+                trace_prompt(loaded, prompt, None, answer) if answer else None
                 for _, prompt, answer in chosen
             ]
-            rows = continue_greedily(model, loaded, prompts, lengths, arrange=arrange)
-            self._rows.update(zip(chosen, rows, strict=True))
-        given = (self._rows[question] for question in asked)
+            lengths = [max(ANSWER_TOKENS, len(t.target_ids) if t else 0) for t in traced]
+            rows = continue_greedily(
+                model, loaded, prompts, lengths, batch_rows=ROWS_PER_PASS, arrange=arrange
+            )
+            self._given.update(zip(chosen, zip(rows, traced, strict=True), strict=True))
+        given = (self._given[question][0] for question in asked)
         return [continuation(loaded, row.prompt_ids, row.ids) for row in given]
 
     def scores(self, asked: Sequence[Asked]) -> list[Score]:
@@ -68,8 +70,8 @@ class States:
         loaded = self._views.loaded
         found: dict[Asked, Score] = {}
         for question in asked:
-            row = self._rows.get(question)
-            score = score_said(loaded, row, *question[1:]) if row else None
+            row, traced = self._given.get(question, (None, None))
+            score = score_said(row, traced) if row and traced else None
             if score is not None:
                 found[question] = score
         missing = [question for question in asked if question not in found]

@@ -96,6 +96,7 @@ class States:
             yield _Reading(
                 mixed.model, together, lambda rows: mixed.arrange([laid[row] for row in rows])
             )
+            mixed.arrange(())  # lets the factors go
         for state, places in members.items():
             if not overlays.get(state):
                 yield _Reading(self._views.get(state).model, places)

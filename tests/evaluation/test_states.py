@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from app.almanac import MODEL_FOLDER
 from app.domain import Composition
@@ -77,6 +80,29 @@ def test_each_state_answers_and_scores_as_it_does_alone(
         assert score.logprob == pytest.approx(alone.logprob, abs=1e-3)
         assert (score.matched, score.first_rank) == (alone.matched, alone.first_rank)
     assert len(set(said)) > len(PROMPTS)  # the states do differ
+
+
+def test_nothing_of_the_states_is_kept(tiny: TinyModels, deltas: MemoryDeltas) -> None:
+    """Without waiting for the garbage collector, which leaves tensors alone for long."""
+    views = deltas.views(tiny.load())
+    states = [(digest,) for digest in add_deltas(deltas, views, [1, 2])]
+    factors: list[weakref.ref[Tensor]] = []
+    joined = LowRank.joined
+
+    def noted(parts: Sequence[LowRank]) -> LowRank:
+        found = joined(parts)
+        factors.extend(weakref.ref(tensor) for tensor in (found.left, found.right))
+        return found
+
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LowRank, "joined", staticmethod(noted))
+            States(views).answers([(state, "Madrid", "") for state in states])
+        assert factors
+        assert not any(factor() is not None for factor in factors)
+    finally:
+        gc.enable()
 
 
 def test_a_state_of_higher_rank_or_on_its_own_is_read_by_its_weights(

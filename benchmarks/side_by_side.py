@@ -40,13 +40,13 @@ class Seconds:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = read_options(arguments)
-    configure_logging(as_json=False)
     wanted = WARM_UP + 2 * options.n * options.rounds
     facts = [trial.fact for trial in choose_trials(read_wordings(MODEL_FOLDER), wanted, 0)]
     if len(facts) < wanted:
         most = (len(facts) - WARM_UP) // 2
         sys.stderr.write(f"The almanac has facts for {most} edits a side; lower n × rounds.\n")
         return 2
+    configure_logging(as_json=False)
     with tempfile.TemporaryDirectory() as folder:
         settings = load_settings(data=Path(folder), threads=options.threads)
         service = build_service(settings, lambda _stage: None)

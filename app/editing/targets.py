@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from app.domain import SUBJECT_SLOT, Fact
 from app.weights.footprint import Workload
+from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
 from app.weights.prompts import TracedPrompt, trace_prompt
 from app.weights.spans import Span, grow_trees, may_branch
@@ -26,12 +26,12 @@ class FactRows:
     targets: tuple[TracedPrompt, ...]
     essence: tuple[TracedPrompt, ...]
 
-    def workload(self, config: PreTrainedConfig) -> Workload:
-        """What a step on a model like this asks for."""
+    def workload(self, model: LanguageModel) -> Workload:
+        """What a step on this model asks for."""
         rows = self.targets + self.essence
         spans = [span_of(row, 0) for row in rows]
         longest = max(len(span.ids) for span in spans)
-        trees = grow_trees(spans, branching=may_branch(config, longest))
+        trees = grow_trees(spans, branching=may_branch(model.config, longest))
         return Workload(
             len(trees),
             max(tree.start for tree in trees),

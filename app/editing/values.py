@@ -95,7 +95,7 @@ def optimise_together(
         for facts, said in zip(subjects, heard, strict=True)
     ]
     batches = pack(
-        [rows.workload(model.config) for rows in traced],
+        [rows.workload(model) for rows in traced],
         model,
         loaded.anatomy,
         max(1, loaded.anatomy.depth - layer - 1),
@@ -184,7 +184,7 @@ class _Search:
         self._expected: Tensor | None = self._unchanged  # at all spots, for the first step
         self._unchanged = self._unchanged[self._spots.targets :].clone()
         layers = max(1, loaded.anatomy.depth - layer - 1)
-        self._bytes = bytes_of(facts[0].workload(model.config), model, loaded.anatomy, layers)
+        self._bytes = bytes_of(facts[0].workload(model), model, loaded.anatomy, layers)
 
     def run(self, tell: Callable[[int], None]) -> list[Value]:
         keys, hidden = self._keys, self._hidden

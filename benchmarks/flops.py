@@ -10,7 +10,7 @@ import torch
 from app.domain import EditPlan, Fact
 from app.editing.targets import FactRows, all_rows, span_of, trace_facts
 from app.weights.loading import LoadedModel
-from app.weights.spans import grow_trees
+from app.weights.spans import grow_trees, may_branch
 
 FORWARD_AND_BACK = 4  # flops per weight and token: a product forward, one back to its input
 YARDSTICK_ROWS, YARDSTICK_SECONDS = 512, 0.5
@@ -39,7 +39,7 @@ def smallest_flops(
     total = 0.0
     for fact, taken in zip(facts, steps, strict=True):
         rows = trace_facts(loaded, [fact], contexts, hparams["essence"])
-        tokens, spots = _count(rows)
+        tokens, spots = _count(rows, loaded)
         total += FORWARD_AND_BACK * (tokens * behind + spots * head) * taken
     return total
 
@@ -59,9 +59,10 @@ def matmul_rate(loaded: LoadedModel) -> float:
     return 2 * YARDSTICK_ROWS * hidden * inner / best
 
 
-def _count(rows: FactRows) -> tuple[int, int]:
+def _count(rows: FactRows, loaded: LoadedModel) -> tuple[int, int]:
     """Tokens from the subject on, those that rows begin with in common once, and predictions that
     count."""
     spans = [span_of(row, owner) for owner, row in all_rows([rows])]
     spots = sum(len(row.target_ids) or 1 for _, row in all_rows([rows]))
-    return sum(len(tree.parents) for tree in grow_trees(spans, branching=True)), spots
+    branching = may_branch(loaded.model.config, max(len(span.ids) for span in spans))
+    return sum(len(tree.parents) for tree in grow_trees(spans, branching=branching)), spots

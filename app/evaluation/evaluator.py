@@ -92,7 +92,7 @@ class Evaluator:
             others = _rephrased(facts, after) + _sides(facts, after)
             others_before = _sides(facts, [before] * count)
         said_before = states.answers(own_before + others_before)
-        said = states.answers(own + others)
+        said = states.answers(own + others, scored=own)
         tallies = [
             _Tally([says(text, fact.target)])
             for text, fact in zip(said[:count], facts, strict=True)

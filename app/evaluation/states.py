@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from app.domain import Composition
 from app.evaluation.scoring import Score, score_said, score_targets
-from app.weights.decoding import Arrange, Row, continuation, continue_greedily
+from app.weights.decoding import Arrange, continuation, continue_greedily
 from app.weights.language_model import LanguageModel
 from app.weights.mixed_model import MixedModel
 from app.weights.overlays import Overlay, lay
-from app.weights.prompts import TracedPrompt, trace_prompt
+from app.weights.prompts import trace_prompt
 from app.weights.views import ViewCache
 
 ANSWER_TOKENS = 8  # enough for a name; longer targets get as many tokens as they have
-ROWS_PER_PASS = 128  # of prompts; a pass of few short ones is mostly calls
-FEW = 8  # of rank; rows of many states are multiplied by the factors of all of them
+FEW_RANKS = 8  # rows of many states are multiplied by the factors of all of them
 
 Asked = tuple[Composition, str, str]
 """A state, a prompt, and the answer expected, which may be empty."""
 
 
 class _Reading(NamedTuple):
-    """A model, and the questions that it is asked; ``arrange`` as in ``decode_greedily``."""
+    """A model, and the questions that it is asked; it is to be told by ``arrange`` which of them
+    the rows of a pass are."""
 
     model: LanguageModel
     places: Sequence[int]
@@ -43,43 +43,69 @@ class States:
         self._views = views
         self._overlays: dict[Composition, Overlay | None] = {}
         self._mixed: MixedModel | None = None
-        self._given: dict[Asked, tuple[Row, TracedPrompt | None]] = {}
+        self._scores: dict[Asked, Score] = {}
 
-    def answers(self, asked: Sequence[Asked]) -> list[str]:
-        """Greedy continuations, long enough to hold each expected answer."""
+    def answers(self, asked: Sequence[Asked], scored: Sequence[Asked] = ()) -> list[str]:
+        """Greedy continuations, long enough to hold each expected answer. Those of ``scored``
+        are scored as well, while their state is at hand.
+
+        Raises:
+            JournalError: a delta is missing or damaged. EditRejected: a ledger can't be solved.
+            ContextExceeded: a prompt and its answer don't fit.
+        """
         loaded = self._views.loaded
-        distinct = list(dict.fromkeys(asked))
-        for model, places, arrange in self._readings([state for state, _, _ in distinct]):
+        distinct, wanted = list(dict.fromkeys(asked)), set(scored)
+        said: dict[Asked, str] = {}
+        for reading in self._readings([state for state, _, _ in distinct]):
+            model, places, arrange = reading
             chosen = [distinct[place] for place in places]
-            prompts = [prompt for _, prompt, _ in chosen]
             traced = [
                 trace_prompt(loaded, prompt, None, answer) if answer else None
                 for _, prompt, answer in chosen
             ]
             lengths = [max(ANSWER_TOKENS, len(t.target_ids) if t else 0) for t in traced]
-            rows = continue_greedily(
-                model, loaded, prompts, lengths, batch_rows=ROWS_PER_PASS, arrange=arrange
+            prompts = [prompt for _, prompt, _ in chosen]
+            rows = continue_greedily(model, loaded, prompts, lengths, arrange=arrange)
+            said.update(
+                (question, continuation(loaded, row.prompt_ids, row.ids))
+                for question, row in zip(chosen, rows, strict=True)
             )
-            self._given.update(zip(chosen, zip(rows, traced, strict=True), strict=True))
-        given = (self._given[question][0] for question in asked)
-        return [continuation(loaded, row.prompt_ids, row.ids) for row in given]
+            told = [
+                score_said(row, target) if target and question in wanted else None
+                for question, row, target in zip(chosen, rows, traced, strict=True)
+            ]
+            self._score(reading, chosen, told, wanted)
+        return [said[question] for question in asked]
 
     def scores(self, asked: Sequence[Asked]) -> list[Score]:
-        """Each expected answer's teacher-forced score; of an answer that was given before, as
-        giving it told."""
-        loaded = self._views.loaded
-        found: dict[Asked, Score] = {}
-        for question in asked:
-            row, traced = self._given.get(question, (None, None))
-            score = score_said(row, traced) if row and traced else None
+        """The teacher-forced score of each expected answer, of those that were to be scored."""
+        return [self._scores[question] for question in asked]
+
+    def _score(
+        self,
+        reading: _Reading,
+        chosen: Sequence[Asked],
+        told: Sequence[Score | None],
+        wanted: Collection[Asked],
+    ) -> None:
+        """Keep the scores that the answers have told, and read the others on the same model."""
+        arrange = reading.arrange
+        open_ones: list[int] = []
+        for place, (question, score) in enumerate(zip(chosen, told, strict=True)):
             if score is not None:
-                found[question] = score
-        missing = [question for question in asked if question not in found]
-        for model, places, arrange in self._readings([state for state, _, _ in missing]):
-            chosen = [missing[place] for place in places]
-            pairs = [question[1:] for question in chosen]
-            found.update(zip(chosen, score_targets(model, loaded, pairs, arrange), strict=True))
-        return [found[question] for question in asked]
+                self._scores[question] = score
+            elif question in wanted:
+                open_ones.append(place)
+        if not open_ones:
+            return
+        questions = [chosen[place] for place in open_ones]
+        found = score_targets(
+            reading.model,
+            self._views.loaded,
+            [question[1:] for question in questions],
+            arrange and (lambda rows: arrange([open_ones[row] for row in rows])),
+        )
+        self._scores.update(zip(questions, found, strict=True))
 
     def _readings(self, states: Sequence[Composition]) -> Iterator[_Reading]:
         """Models to read, each with the places of the questions that are on it."""
@@ -93,15 +119,17 @@ class States:
                 self._mixed = MixedModel(self._views.loaded)
             mixed = self._mixed
             laid = [overlay for place in together if (overlay := overlays[states[place]])]
-            yield _Reading(
-                mixed.model, together, lambda rows: mixed.arrange([laid[row] for row in rows])
-            )
-            mixed.arrange(())  # lets the factors go
+            try:
+                yield _Reading(
+                    mixed.model, together, lambda rows: mixed.arrange([laid[row] for row in rows])
+                )
+            finally:
+                mixed.arrange(())  # lets the factors go
         for state, places in members.items():
             if not overlays.get(state):
                 yield _Reading(self._views.get(state).model, places)
 
     def _lay(self, state: Composition) -> Overlay | None:
         if state not in self._overlays:
-            self._overlays[state] = lay(self._views, state, self._views.get(()), FEW)
+            self._overlays[state] = lay(self._views, state, self._views.get(()), FEW_RANKS)
         return self._overlays[state]

@@ -474,7 +474,9 @@ def _discard(session: Session, row: EditRow) -> None:
 
 
 def _put_sandboxes(session: Session, sandboxes: Sequence[Sandbox]) -> None:
-    """Add the sandboxes, and grow those that are there."""
+    """Grow the sandboxes that are there, and add the others; each has an id of its own."""
+    if not sandboxes:
+        return
     known = SandboxRow.id.in_([sandbox.id for sandbox in sandboxes])
     rows = {row.id: row for row in session.scalars(select(SandboxRow).where(known))}
     for sandbox in sandboxes:

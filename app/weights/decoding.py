@@ -338,12 +338,9 @@ def decode_greedily(
     max_new_tokens: int | Sequence[int],
     *,
     batch_rows: int = 64,
-    arrange: Arrange | None = None,
 ) -> list[str]:
     """The model's greedy continuation of each prompt, in the order given."""
-    rows = continue_greedily(
-        model, loaded, prompts, max_new_tokens, batch_rows=batch_rows, arrange=arrange
-    )
+    rows = continue_greedily(model, loaded, prompts, max_new_tokens, batch_rows=batch_rows)
     return [continuation(loaded, row.prompt_ids, row.ids) for row in rows]
 
 
@@ -356,7 +353,11 @@ def continue_greedily(
     batch_rows: int = 64,
     arrange: Arrange | None = None,
 ) -> list[Row]:
-    """The same as finished rows, with tokens and their log-probabilities."""
+    """The model's greedy continuation of each prompt as a finished row, in the order given.
+
+    Raises:
+        InvalidInput: a prompt is empty. ContextExceeded: one leaves no room for its answer.
+    """
     lengths = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     rows = [
         Row(encode_prompt(loaded, prompt, length), Sampling(max_new_tokens=length))

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from app.weights.prompts import pad_rows
 
 SHARED_LEAST = 4  # tokens that a beginning must have in common
+LEAST_SHARED = 1 / 8  # of a row's columns; each branch attends over the columns of all
 RUN_COST = 80  # what running a group apart costs, in tokens of padding, which MLPs leave out
 
 
@@ -61,18 +62,20 @@ class Tree:
 
 
 def may_branch(config: PreTrainedConfig, longest: int) -> bool:
-    """Whether a model like this attends to what a mask says, in rows of up to ``longest`` tokens:
-    windows and biases by distance count columns."""
-    windows = (getattr(config, name, None) for name in ("sliding_window", "window_size"))
+    """Whether a model like this attends to what a mask says, in texts of up to ``longest`` tokens.
+    Biases by distance count columns, and GPT-Neo (``window_size``) cuts masks of its own by them;
+    elsewhere a mask for each query takes the place of the window."""
+    window = getattr(config, "sliding_window", None)
     return (
         config._attn_implementation in ("sdpa", "eager")
         and not getattr(config, "alibi", False)
-        and all(window is None or window >= longest for window in windows)
+        and not hasattr(config, "window_size")
+        and (window is None or window >= longest)
     )
 
 
 def grow_trees(spans: Sequence[Span], *, branching: bool) -> list[Tree]:
-    """Spans as trees; each on its own where rows must not branch."""
+    """Spans as trees; each on its own where rows must not branch, or would share too little."""
     alike: dict[tuple[int, ...] | int, list[int]] = {}
     for index, span in enumerate(spans):
         key: tuple[int, ...] | int = index
@@ -80,7 +83,16 @@ def grow_trees(spans: Sequence[Span], *, branching: bool) -> list[Tree]:
             common = span.ids[: max(span.start, span.changed) + 1]
             key = (span.owner, span.start, span.changed, *common)
         alike.setdefault(key, []).append(index)
-    return [grow_tree(spans, members) for members in alike.values()]
+    trees: list[Tree] = []
+    for members in alike.values():
+        tree = grow_tree(spans, members)
+        columns = len(tree.parents)
+        shared = sum(len(path) for path in tree.columns) - columns
+        if len(members) == 1 or shared >= LEAST_SHARED * columns:
+            trees.append(tree)
+        else:
+            trees += [grow_tree(spans, [index]) for index in members]
+    return trees
 
 
 def grow_tree(spans: Sequence[Span], members: Sequence[int]) -> Tree:

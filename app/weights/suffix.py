@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import structlog
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -20,6 +21,10 @@ from app.weights.architectures import Anatomy
 from app.weights.spans import Span, group_alike, grow_trees, may_branch
 from app.weights.suffix_group import Group, Kept, Site
 
+log = structlog.get_logger(__name__)
+
+MOST_OFF, COARSE_OFF = 1e-3, 0.1  # of the hidden states' spread; the latter in half precision
+_CHECKED: dict[tuple[type, str], bool] = {}  # modelling code, and how it attends
 CAUSAL_PATTERNS = {"full_attention", "sliding_attention", "global", "local"}
 
 
@@ -41,7 +46,7 @@ class SuffixPass:
     Making it runs the whole pass once, without gradients: ``keys`` ``(spans, d_ff)`` are the
     projection's input at the changed tokens, ``outputs`` ``(spans, d)`` the layer's output there
     (the projection's own where a norm stands behind it), ``unchanged`` ``(tokens, d)`` the body's
-    output.
+    output, true at the tokens that are read.
     """
 
     def __init__(
@@ -59,6 +64,9 @@ class SuffixPass:
         site = Site(model, anatomy, layer, pad_id, device)
         longest = max(len(span.ids) for span in spans)
         trees = grow_trees(spans, branching=not whole and may_branch(model.config, longest))
+        branched = next((tree for tree in trees if tree.branches), None)
+        if branched is not None and not _branches_well(site, [spans[i] for i in branched.spans]):
+            trees = grow_trees(spans, branching=False)
         self._groups = []
         seen = []
         for members in group_alike(trees):
@@ -127,6 +135,34 @@ class SuffixPass:
         self._leaders = torch.tensor(leaders, device=device)
         self._tree_of = torch.tensor(tree_of, device=device)
         self._places = torch.tensor([p + [0] * (width - len(p)) for p in places], device=device)
+
+
+def _branches_well(site: Site, spans: Sequence[Span]) -> bool:
+    """Whether the model's code goes by masks for each query, as these spans of one row show. They
+    are read apart once for each such code."""
+    code = type(site.model), site.model.config._attn_implementation
+    if code not in _CHECKED:
+        found = []
+        for trees in (grow_trees(spans, branching=True), grow_trees(spans, branching=False)):
+            group, seen = Group.record(site, trees, whole=False)
+            hidden = seen.unchanged.float()
+            ends = [
+                (span, hidden[row, path[max(_read_of(spans[span]))]])
+                for row, tree in enumerate(group.trees)
+                for span, path in zip(tree.spans, tree.columns, strict=True)
+            ]
+            found.append(torch.stack([end for _, end in sorted(ends, key=lambda each: each[0])]))
+        error = float((found[0] - found[1]).std() / found[1].std())
+        _CHECKED[code] = error <= (MOST_OFF if site.model.dtype == torch.float32 else COARSE_OFF)
+        if not _CHECKED[code]:
+            log.warning("suffix passes: rows do not branch", model=code[0].__name__, error=error)
+    return _CHECKED[code]
+
+
+def _read_of(span: Span) -> list[int]:
+    """The tokens read, from the span's start."""
+    read = range(span.start, len(span.ids)) if span.read is None else span.read
+    return [token - span.start for token in read]
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

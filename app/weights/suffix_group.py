@@ -57,7 +57,8 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the first pass gave, by row: at the changed tokens, and behind the body."""
+    """What the first pass gave: ``keys`` ``(rows, d_ff)`` and ``outputs`` ``(rows, d)`` at the
+    changed tokens, ``unchanged`` ``(rows, suffix, d)`` behind the body, true where it is read."""
 
     keys: Tensor
     outputs: Tensor

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import exp
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from app.evaluation.answers import first_clause, says
 from app.evaluation.drift import DriftGauge
 from app.evaluation.evaluator import Evaluator
 from app.evaluation.retention import AgeBucket, AgedFact, Retention
+from app.evaluation.scoring import score_targets
 from app.evaluation.states import ANSWER_TOKENS
 from app.weights.decoding import decode_greedily
 from app.weights.views import ViewCache
@@ -43,7 +45,14 @@ def test_the_figures_are_those_of_generating_prompt_by_prompt(
     edited: tuple[ViewCache, list[str]],
 ) -> None:
     views, (first, second) = edited
-    other = replace(FACT, prompt="{} lies in", subject="Berlin", target="Spain")
+    other = replace(
+        FACT,
+        prompt="{} lies in",
+        subject="Berlin",
+        target="Spain",
+        locality=(Expectation("Italy borders"), Expectation("Rome is")),
+        portability=(Expectation("Germany has"),),
+    )
     result = Evaluator(views).assess([FACT, other], (), [(first,), (second,)], full=True)
 
     def say(composition: tuple[str, ...], prompt: str) -> str:
@@ -62,6 +71,17 @@ def test_the_figures_are_those_of_generating_prompt_by_prompt(
         assert outcome.details["locality"] == sum(kept) / len(kept)
         followed = [says(say(state, p), fact.target) for p in fact.rephrase_prompts]
         assert outcome.details["paraphrase"] == sum(followed) / len(followed)
+        (reached,) = fact.portability
+        there = say(state, reached.prompt)
+        expected = (
+            says(there, reached.answer)
+            if reached.answer
+            else first_clause(there) == first_clause(say((), reached.prompt))
+        )
+        assert outcome.details["portability"] == expected
+        (score,) = score_targets(views.get(state).model, views.loaded, [(fact.text, fact.target)])
+        assert outcome.details["probability"] == pytest.approx(exp(score.logprob), rel=1e-3)
+        assert outcome.details["rank"] == score.first_rank
     assert result.outcomes[0].success
     assert result.metrics["efficacy"] == sum(o.success for o in result.outcomes) / 2
 

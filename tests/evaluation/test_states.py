@@ -15,7 +15,7 @@ from app.almanac import MODEL_FOLDER
 from app.domain import Composition
 from app.evaluation import states as states_module
 from app.evaluation.scoring import Score, score_targets
-from app.evaluation.states import FEW, Asked, States
+from app.evaluation.states import FEW_RANKS, Asked, States
 from app.weights.decoding import Row, continue_greedily, decode_greedily
 from app.weights.delta import Change, Delta, Dense, LowRank
 from app.weights.language_model import LanguageModel
@@ -71,7 +71,7 @@ def test_each_state_answers_and_scores_as_it_does_alone(
     asked: list[Asked] = [(state, *pair) for pair in PROMPTS for state in states]
     asked += asked[3:5]  # asked again
     found = States(views)
-    said, scores = found.answers(asked), found.scores(asked)
+    said, scores = found.answers(asked, scored=asked), found.scores(asked)
     assert sorted(calls) == [3, 3, 4 * 3]  # the two of full rank are on their own
     for (state, prompt, answer), text, score in zip(asked, said, scores, strict=True):
         model = views.get(state).model
@@ -99,7 +99,12 @@ def test_nothing_of_the_states_is_kept(tiny: TinyModels, deltas: MemoryDeltas) -
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(LowRank, "joined", staticmethod(noted))
             States(views).answers([(state, "Madrid", "") for state in states])
-        assert factors
+            assert factors
+            assert not any(factor() is not None for factor in factors)
+            patch.setattr(states_module, "score_targets", lambda *_: 1 / 0)
+            asked: list[Asked] = [(state, "Madrid", "Rome") for state in states]
+            with pytest.raises(ZeroDivisionError):
+                States(views).answers(asked, scored=asked)
         assert not any(factor() is not None for factor in factors)
     finally:
         gc.enable()
@@ -109,7 +114,7 @@ def test_a_state_of_higher_rank_or_on_its_own_is_read_by_its_weights(
     tiny: TinyModels, deltas: MemoryDeltas, calls: list[int]
 ) -> None:
     views = deltas.views(tiny.load())
-    one, two, high = add_deltas(deltas, views, [1, 1, FEW + 1])
+    one, two, high = add_deltas(deltas, views, [1, 1, FEW_RANKS + 1])
     States(views).answers([((state,), "Madrid", "") for state in (one, high, two)])
     assert sorted(calls) == [1, 2]
     calls.clear()
@@ -136,7 +141,7 @@ def test_what_was_said_needs_no_second_reading_to_be_scored(
 
     monkeypatch.setattr(states_module, "score_targets", score)
     reader = States(views)
-    reader.answers(asked)
+    reader.answers(asked, scored=asked)
     found = reader.scores(asked)
     assert scored == [unknown]
     for each, alone in zip(

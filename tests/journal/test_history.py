@@ -201,7 +201,19 @@ def test_an_independent_edit_makes_sandboxes_and_no_revision(journal: Journal) -
     made = [a_sandbox("s1", edit), a_sandbox("s2", edit)]
     journal.commit_edit(replace(edit, sandboxes=("s1", "s2")), revision=None, sandboxes=made)
     assert [journal.sandbox("s1"), journal.sandbox("s2")] == made
+    assert [s.id for s in journal.sandboxes(10, None).items] == ["s2", "s1"]
     assert journal.head().number == 0
+    assert journal.verify() == []
+
+
+def test_an_edit_may_grow_a_sandbox_and_make_others(journal: Journal) -> None:
+    journal.add_sandbox(a_sandbox("s2"))
+    edit = an_edit(1)
+    journal.prepare_edit(edit)
+    made = [a_sandbox(name, edit) for name in ("s1", "s2", "s3")]
+    journal.commit_edit(edit, revision=None, sandboxes=made)
+    assert [journal.sandbox(each.id) for each in made] == made
+    assert journal.verify() == []
 
 
 def test_a_sandbox_grows_by_a_committed_edit_and_keeps_its_place(journal: Journal) -> None:

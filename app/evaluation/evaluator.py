@@ -99,10 +99,12 @@ class Evaluator:
         ]
         if full:
             _tally_others(tallies, facts, iter(said_before[count:]), iter(said[count:]))
-        found = zip(
-            facts, said_before[:count], said[:count], states.scores(own), tallies, strict=True
-        )
-        outcomes = [_outcome(*each) for each in found]
+        outcomes = [
+            _outcome(fact, said_then, said_now, score, tally)
+            for fact, said_then, said_now, score, tally in zip(
+                facts, said_before[:count], said[:count], states.scores(own), tallies, strict=True
+            )
+        ]
         return Assessment(tuple(outcomes), _metrics(outcomes, tallies))
 
     def read_texts(

@@ -181,7 +181,7 @@ def read_hparams(editor: Editor, chosen: argparse.Namespace) -> dict[str, Any]:
     if chosen.steps is not None:
         hparams["steps"] = chosen.steps
     if chosen.no_early_stop:
-        never = {"stop_loss": 0.0, "stop_target": 0.0, "patience": 0}
+        never = {"stop_loss": 0.0, "stop_target": 0.0, "patience": 0, "bare_until": None}
         hparams |= {name: value for name, value in never.items() if name in fields}
     if chosen.contexts is not None:
         hparams["contexts"] = chosen.contexts

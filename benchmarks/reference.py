@@ -104,8 +104,8 @@ def search_value(
     head_twice: bool,
 ) -> PlainValue:
     """One fact's value: steps of an optimiser through the whole model, and the loss behind the
-    last, until that is below ``stop_loss`` or ``settings.steps`` are taken; ``stop_target`` and
-    ``patience`` are ours and don't count here."""
+    last, until that is below ``stop_loss`` or ``settings.steps`` are taken; ``stop_target``,
+    ``patience`` and ``bare_until`` are ours and don't count here."""
     targets = [_trace(loaded, context, fact, target=True) for context in contexts]
     essence = [trace_prompt(loaded, prompt, fact.subject) for prompt in settings.essence]
     rows = targets + essence

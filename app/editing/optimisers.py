@@ -19,6 +19,9 @@ class Optimiser(Protocol):
     def step(self, gradient: Tensor, losses: Tensor) -> None:
         """Move ``z`` given the ``losses`` ``(facts,)`` there and their gradient ``(facts, d)``."""
 
+    def start_anew(self, rows: Tensor) -> None:
+        """These facts (booleans) have another loss from now on, and go on from where they are."""
+
     def keep(self, rows: Tensor) -> None:
         """Go on with these facts only."""
 
@@ -41,6 +44,9 @@ class Adam:
         self._square.mul_(gamma).addcmul_(gradient, gradient, value=1 - gamma)
         scale = self._square.sqrt().div_((1 - gamma**self._steps) ** 0.5).add_(1e-8)
         self.z.addcdiv_(self._mean, scale, value=-self._rate / (1 - beta**self._steps))
+
+    def start_anew(self, rows: Tensor) -> None:
+        """Its means fade by themselves."""
 
     def keep(self, rows: Tensor) -> None:
         self.z, self._mean = self.z[rows], self._mean[rows]
@@ -79,6 +85,10 @@ class Polyak:
         self._before, self._last_z, self._last_gradient = losses, self.z, gradient
         self.z = self.z - (lengths.clamp(max=self._longest) / lengths)[:, None] * way
 
+    def start_anew(self, rows: Tensor) -> None:
+        self._before = self._before.masked_fill(rows, torch.inf)
+        self._risen = self._risen & ~rows
+
     def keep(self, rows: Tensor) -> None:
         self.z, self._longest = self.z[rows], self._longest[rows]
         self._before, self._risen = self._before[rows], self._risen[rows]
@@ -113,6 +123,10 @@ class Stall:
         if not self._patience or len(seen) <= self._patience:
             return torch.zeros_like(losses, dtype=torch.bool)
         return (seen[1:].amin(dim=0) > (1 - STALLED) * seen[0]) & (seen[-1] <= seen[-2])
+
+    def start_anew(self, rows: Tensor) -> None:
+        """These facts (booleans) have another loss from now on."""
+        self._seen = self._seen.masked_fill(rows, torch.inf)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these facts only."""

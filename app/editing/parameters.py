@@ -90,9 +90,9 @@ class ValueParameters(Parameters):
     optimiser: Annotated[
         Literal["adam", "polyak"],
         Field(
-            description="adam: as published, with a patience of 0. polyak: as far down the "
-            "gradient as the loss is high, after a rise by the curvature of the last step; fewer "
-            "steps, and less of a change."
+            description="adam: as published, with a patience of 0 and no bare_until. polyak: "
+            "as far down the gradient as the loss is high, after a rise by the curvature of the "
+            "last step; fewer steps, and less of a change."
         ),
     ] = "polyak"
     learning_rate: Annotated[
@@ -133,3 +133,11 @@ class ValueParameters(Parameters):
         ),
     ] = ("{} is a",)
     self_essence: SelfEssence = 0
+    bare_until: Annotated[
+        Positive | None,
+        Field(
+            description="Read the bare prompt alone until the target's loss (nats per token) is "
+            "below this, then the contexts and what should stay, too; null: all in every step, "
+            "as published."
+        ),
+    ] = 3.0

@@ -40,6 +40,11 @@ class FactRows:
         )
 
     @property
+    def length(self) -> int:
+        """Tokens of all rows."""
+        return sum(len(row.ids) for row in self.targets + self.essence)
+
+    @property
     def splits_subject(self) -> bool:
         """Whether prompt and target share a token that reaches back into the subject, so that
         the subject is other tokens here than in the bare prompt."""
@@ -111,25 +116,10 @@ class Spots:
     def targets(self) -> int:
         return len(self.wanted)
 
-    def drop(self, dropped: Sequence[int]) -> tuple[Spots, Tensor]:
-        """Without the essence spots of these places among all spots, and which those are that
-        stay (booleans)."""
-        kept = torch.ones(len(self.row), dtype=torch.bool, device=self.row.device)
-        kept[list(dropped)] = False
-        return Spots(self.row[kept], self.column[kept], self.owner[kept], self.wanted), kept
-
-    def keep(self, rows: Tensor, owners: Tensor) -> tuple[Spots, Tensor]:
-        """The spots in the rows that ``rows`` (booleans) keeps, renumbered, and which those are
-        (booleans); ``owners`` gives each row's owner as it is called from now on."""
-        kept = rows[self.row]
-        mine = self.row[kept]
-        spots = Spots(
-            (rows.cumsum(dim=0) - 1)[mine],
-            self.column[kept],
-            owners[mine],
-            self.wanted[kept[: self.targets]],
-        )
-        return spots, kept
+    def take(self, kept: Tensor) -> Spots:
+        """Those of these places (booleans)."""
+        wanted = self.wanted[kept[: self.targets]]
+        return Spots(self.row[kept], self.column[kept], self.owner[kept], wanted)
 
 
 def gather_spots(facts: Sequence[FactRows], device: torch.device) -> tuple[Spots, Tensor]:

@@ -2,7 +2,8 @@
 
 The facts of a batch are optimised together. Each has its own loss, clamp and stop, and leaves
 the batch once it is done, so a fact's value is the one it would get alone (up to rounding).
-Each step runs only what a value can reach: the layers behind it, from the subject on.
+Each step runs only what a value can reach: the layers behind it, from the subject on; and of a
+fact whose target is far the bare prompt alone (docs/decisions/bare-until-near.md).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from app.domain import Fact, Progress, no_progress
+from app.editing.batch_rows import BatchRows, mean_by_owner
 from app.editing.keys import solve_keys
 from app.editing.optimisers import OPTIMISERS, Optimiser, Stall
 from app.editing.parameters import ValueParameters
@@ -153,7 +155,7 @@ class _Search:
         self._layer = layer
         self._settings = settings
         device = loaded.device
-        self._spots, self._owners = gather_spots(facts, device)
+        spots, owners = gather_spots(facts, device)
         self._pass = SuffixPass(
             model,
             loaded.anatomy,
@@ -163,54 +165,59 @@ class _Search:
             device=device,
             whole=whole is not None,
         )
-        self._places = self._pass.places(self._spots.row, self._spots.column)
-        self._count = len(facts)
         counts = [len(fact.targets) for fact in facts]
-        bare = [sum(counts[:index]) for index in range(self._count)]
-        self._hidden = self._pass.outputs[bare]
+        firsts = [sum(counts[:index]) for index in range(len(facts))]
+        self._hidden = self._pass.outputs[firsts]
         self._keys = torch.split(self._pass.keys[: sum(counts)], counts)
         with torch.no_grad():
-            self._unchanged = self._logprobs(self._pass.unchanged)
+            places = self._pass.places(spots.row, spots.column)
+            said = self._logprobs(self._pass.unchanged, places)
+        bare = [
+            row
+            for first, fact in zip(firsts, facts, strict=True)
+            for row in range(first, first + fact.facts)
+        ]
+        self._rows = BatchRows(spots, owners, torch.tensor(bare, device=device), said)
         if settings.self_essence:
-            self._leave_out_answers()
+            self._rows.leave_out_answers()
         self._norms = self._hidden.norm(dim=1).clamp(min=1e-6)
         # Several facts ask for a longer way, about as the square root of their number.
         number = torch.tensor([float(fact.facts) for fact in facts], device=device)
         self._unit = (self._norms * (number / self._hidden.shape[1]).sqrt())[:, None]
         optimiser = OPTIMISERS[settings.optimiser]
         self._optimiser: Optimiser = optimiser(self._hidden.shape, settings.learning_rate, device)
-        self._stall = Stall(settings.patience, self._count, device)
+        self._stall = Stall(settings.patience, len(facts), device)
         self._losses = Repeated()
-        self._expected: Tensor | None = self._unchanged  # at all spots, for the first step
-        self._unchanged = self._unchanged[self._spots.targets :].clone()
+        self._active = torch.arange(len(facts), device=device)
+        self._near = self._are_near(self._rows.bare_loss)
+        # The first step is compared with the first pass in all rows of a fact, the longest.
+        self._choose(max(range(len(facts)), key=lambda index: facts[index].length))
+        self._expected: Tensor | None = said[self._read.places]
+        self._single = len(facts) == 1
         layers = max(1, loaded.anatomy.depth - layer - 1)
         self._bytes = bytes_of(facts[0].workload(model), model, loaded.anatomy, layers)
 
     def run(self, tell: Callable[[int], None]) -> list[Value]:
-        keys, hidden = self._keys, self._hidden
         found: dict[int, Value] = {}
-        active = list(range(self._count))
         for step in range(self._settings.steps + 1):
             tell(step)
             last = step == self._settings.steps
             z = self._optimiser.z.detach()
             nll, totals = self._evaluate(z, step)
             losses = nll.tolist()
-            done = [True] * len(active) if last else self._are_done(nll, totals)
-            for place, fact in enumerate(active):
+            done = [True] * len(z) if last else self._are_done(nll, totals)
+            for place, fact in enumerate(self._active.tolist()):
                 if done[place]:
                     delta = self._unit[place] * z[place]
-                    found[fact] = Value(delta, losses[place], step, keys[fact], hidden[fact])
-            stays = [place for place in range(len(active)) if not done[place]]
-            if not stays:
+                    keys, hidden = self._keys[fact], self._hidden[fact]
+                    found[fact] = Value(delta, losses[place], step, keys, hidden)
+            if all(done):
                 break
             self._optimiser.step(self._losses.backward(), totals)
             self._clamp()
-            if len(stays) < len(active):
-                self._keep(stays)
-                active = [active[place] for place in stays]
+            self._go_on(done, nll, first=step == 0)
         self._losses.forget()
-        return [found[fact] for fact in range(self._count)]
+        return [found[fact] for fact in range(len(found))]
 
     def _evaluate(self, z: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Per active fact, the target's loss and the one that is minimised."""
@@ -233,65 +240,34 @@ class _Search:
         if settings.stop_loss or settings.stop_target or settings.patience:
             ahead = min(ahead, step)
         return (
-            self._count == 1
+            self._single
             and ahead >= LEAST_AHEAD
             and self.whole is None
             and self._pass.tokens <= MOST_RECORDED
-            and RECORDED_COPIES * self._bytes <= activation_budget(self._owners.device)
+            and RECORDED_COPIES * self._bytes <= activation_budget(self._norms.device)
         )
 
     def _are_done(self, nll: Tensor, totals: Tensor) -> list[bool]:
         settings = self._settings
         done = (totals < settings.stop_loss) | (nll < settings.stop_target)
+        done &= self._near[self._active]
         found: list[bool] = (done | self._stall.see(totals)).tolist()
         return found
-
-    def _leave_out_answers(self) -> None:
-        """Ask no essence row to keep an answer that is to change. Rows that tell it go, so that
-        a subject costs little more for each further fact. Where all of a subject's rows do, only
-        the predictions that begin the answer go."""
-        spots, telling = self._spots, self._find_telling()
-        if not telling:
-            return
-        owners, rows = spots.owner.tolist(), spots.row.tolist()
-        told = {rows[place] for place in telling}
-        essence = range(spots.targets, len(rows))
-        others = {owners[place] for place in essence if rows[place] not in told}
-        gone = {rows[place] for place in telling if owners[place] in others}
-        self._spots, kept = spots.drop(telling)
-        self._unchanged = self._unchanged[kept]
-        needed = set(self._spots.row.tolist()) - gone
-        stays = [row in needed for row in range(len(self._owners))]
-        self._keep_rows(torch.tensor(stays, device=self._owners.device))
-
-    def _find_telling(self) -> list[int]:
-        """The essence spots at which the unedited model would begin the answer that it gives to
-        one of the subject's facts."""
-        spots = self._spots
-        said = self._unchanged.argmax(dim=-1).tolist()
-        owners, rows = spots.owner.tolist(), spots.row.tolist()
-        answers = {
-            (owners[place], said[place])
-            for place in range(spots.targets)
-            if place == 0 or rows[place] != rows[place - 1]
-        }
-        essence = range(spots.targets, len(said))
-        return [place for place in essence if (owners[place], said[place]) in answers]
 
     def _compute_losses(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities ``(spots, vocabulary)`` and, per active fact, the mean negative
         log-likelihood of the target over contexts and tokens and the loss that is minimised, with
         the mean KL from the unedited model over the essence prompts and the decay."""
-        settings, spots = self._settings, self._spots
+        settings, spots, base = self._settings, self._read.spots, self._read.unchanged
         deltas = self._unit * z
-        logprobs = self._logprobs(self._pass.run(deltas.index_select(0, self._owners)))
-        base = self._unchanged
+        hidden = self._pass.run(deltas.index_select(0, self._read.owners))
+        logprobs = self._logprobs(hidden, self._places)
         at_targets, at_essence = torch.split(logprobs, [spots.targets, len(base)])
         gold = at_targets.gather(1, spots.wanted[:, None])[:, 0]
         divergence = (base.exp() * (base - at_essence)).sum(dim=1)
         count = len(deltas)
-        nll = _mean_by_owner(-gold, spots.owner[: spots.targets], count)
-        kl = _mean_by_owner(divergence, spots.owner[spots.targets :], count)
+        nll = mean_by_owner(-gold, spots.owner[: spots.targets], count)
+        kl = mean_by_owner(divergence, spots.owner[spots.targets :], count)
         decay = deltas.norm(dim=1) / self._norms**2
         return logprobs, nll, nll + settings.kl_weight * kl + settings.weight_decay * decay
 
@@ -307,35 +283,43 @@ class _Search:
             log.warning("value search: whole passes", layer=self._layer, reason=self.whole)
         return error <= tolerance
 
-    def _logprobs(self, hidden: Tensor) -> Tensor:
-        """Next-token log-probabilities ``(spots, vocabulary)``."""
-        at_spots = hidden.index_select(0, self._places)
-        return logits_of(self._model, at_spots).log_softmax(dim=-1)
+    def _logprobs(self, hidden: Tensor, places: Tensor) -> Tensor:
+        """Next-token log-probabilities ``(places, vocabulary)``."""
+        return logits_of(self._model, hidden.index_select(0, places)).log_softmax(dim=-1)
 
     def _clamp(self) -> None:
         sizes = (self._unit * self._optimiser.z).norm(dim=1)
         bound = self._settings.clamp * self._norms
         self._optimiser.z.mul_((bound / sizes.clamp(min=1e-12)).clamp(max=1)[:, None])
 
-    def _keep(self, places: Sequence[int]) -> None:
-        """Go on with these facts only."""
-        self._losses.forget()
-        chosen = torch.tensor(places, device=self._owners.device)
-        numbers = torch.full((len(self._norms),), -1, device=chosen.device)
-        numbers[chosen] = torch.arange(len(places), device=chosen.device)
-        self._owners = numbers[self._owners]
-        self._keep_rows(self._owners >= 0)
-        self._norms, self._unit = self._norms[chosen], self._unit[chosen]
-        self._optimiser.keep(chosen)
-        self._stall.keep(chosen)
+    def _go_on(self, done: Sequence[bool], nll: Tensor, *, first: bool) -> None:
+        """Let facts that are done go, and from now on read all rows of those that came near."""
+        comes = self._are_near(nll) & ~self._near[self._active]
+        turns = bool(comes.any())
+        if turns:
+            self._near = self._near.index_fill(0, self._active[comes], True)
+            self._optimiser.start_anew(comes)
+            self._stall.start_anew(comes)
+        if any(done):
+            stays = torch.tensor([not gone for gone in done], device=comes.device)
+            self._active = self._active[stays]
+            self._norms, self._unit = self._norms[stays], self._unit[stays]
+            self._optimiser.keep(stays)
+            self._stall.keep(stays)
+        if turns or any(done) or (first and not bool(self._near.all())):
+            self._choose()
 
-    def _keep_rows(self, rows: Tensor) -> None:
-        """Go on with these rows (booleans) only."""
-        self._pass.keep(rows.nonzero()[:, 0])
-        self._spots, kept = self._spots.keep(rows, self._owners)
-        self._places = self._pass.places(self._spots.row, self._spots.column)
-        self._unchanged = self._unchanged[kept[len(kept) - len(self._unchanged) :]]
-        self._owners = self._owners[rows]
+    def _are_near(self, nll: Tensor) -> Tensor:
+        until = self._settings.bare_until
+        return torch.ones_like(nll, dtype=torch.bool) if until is None else nll < until
+
+    def _choose(self, compared: int | None = None) -> None:
+        """Read all rows of the facts that are near, bare ones of the others still sought; and all
+        of one that is to be ``compared``."""
+        self._losses.forget()
+        self._read = self._rows.read(self._active, self._near, compared)
+        self._pass.choose(self._read.rows)
+        self._places = self._pass.places(self._read.spots.row, self._read.spots.column)
 
 
 def _modules_behind(model: LanguageModel, loaded: LoadedModel, layer: int) -> list[nn.Module]:
@@ -343,12 +327,3 @@ def _modules_behind(model: LanguageModel, loaded: LoadedModel, layer: int) -> li
     layers = range(layer + 1, loaded.anatomy.depth)
     head: nn.Module = model.get_output_embeddings()
     return [*(loaded.anatomy.layer(model, index) for index in layers), head]
-
-
-def _mean_by_owner(values: Tensor, owners: Tensor, count: int) -> Tensor:
-    """Mean of ``values`` per owner; zero for an owner that has none."""
-    total = torch.zeros(count, device=values.device, dtype=values.dtype)
-    number = torch.zeros_like(total)
-    total = total.index_add(0, owners, values)
-    number = number.index_add(0, owners, torch.ones_like(values))
-    return total / number.clamp(min=1)

@@ -60,27 +60,28 @@ class SuffixPass:
         device: torch.device,
         whole: bool = False,
     ) -> None:
-        self._spans = list(spans)
+        self._all = self._spans = list(spans)
         site = Site(model, anatomy, layer, pad_id, device)
         longest = max(len(span.ids) for span in spans)
         trees = grow_trees(spans, branching=not whole and may_branch(model.config, longest))
         branched = next((tree for tree in trees if tree.branches), None)
         if branched is not None and not _branches_well(site, [spans[i] for i in branched.spans]):
             trees = grow_trees(spans, branching=False)
-        self._groups = []
+        self._recorded = []
         seen = []
         for members in group_alike(trees):
             group, first = Group.record(site, [trees[index] for index in members], whole=whole)
-            self._groups.append(group)
+            self._recorded.append(group)
             seen.append(first)
+        self._groups = self._recorded
         self._locate()
         self.keys = torch.cat([first.keys for first in seen])[self._tree_of]
         self.outputs = torch.cat([first.outputs for first in seen])[self._tree_of]
         self.unchanged = _joined([first.unchanged.flatten(0, 1) for first in seen])
 
     def run(self, deltas: Tensor) -> Tensor:
-        """The body's output ``(tokens, d)`` with ``deltas`` ``(spans, d)``, alike for spans of one
-        owner, added to the projection's output at the changed tokens; differentiable in
+        """The body's output ``(tokens, d)`` with ``deltas`` ``(chosen spans, d)``, alike for spans
+        of one owner, added to the projection's output at the changed tokens; differentiable in
         ``deltas``. It is true at the tokens that are read."""
         counts = [len(group.trees) for group in self._groups]
         parts = torch.split(deltas.index_select(0, self._leaders), counts)
@@ -88,7 +89,8 @@ class SuffixPass:
         return _joined([group.run(part).flatten(0, 1) for group, part in found])
 
     def places(self, spans: Tensor, columns: Tensor) -> Tensor:
-        """Where the output has the tokens in these ``columns``, counted from each span's start."""
+        """Where the output has the tokens in these ``columns``, counted from each span's start, of
+        spans counted among the chosen ones."""
         return self._places[spans, columns]
 
     @property
@@ -96,13 +98,18 @@ class SuffixPass:
         """How many tokens each pass runs, padding included."""
         return sum(group.tokens for group in self._groups)
 
-    def keep(self, spans: Tensor) -> None:
-        """Let all but these spans, in rising order, go; those that stay are grouped anew."""
+    def choose(self, spans: Tensor) -> None:
+        """Run only these of all spans, in rising order, until others are chosen. What the first
+        pass has seen of the others is kept; those chosen are grouped anew."""
         number = {old: new for new, old in enumerate(spans.tolist())}
-        self._spans = [self._spans[old] for old in number]
+        self._spans = [self._all[old] for old in number]
+        if len(number) == len(self._all):
+            self._groups = self._recorded
+            self._locate()
+            return
         kept = [
             Kept(tree, row, group, number, self._spans)
-            for group in self._groups
+            for group in self._recorded
             for row, tree in enumerate(group.trees)
             if not number.keys().isdisjoint(tree.spans)
         ]
@@ -114,7 +121,7 @@ class SuffixPass:
 
     def run_whole(self) -> None:
         """Run every layer on every token from now on."""
-        for group in self._groups:
+        for group in (*self._recorded, *self._groups):
             group.run_whole()
 
     def _locate(self) -> None:

@@ -35,6 +35,7 @@ PLAIN = {
     "learning_rate": 0.3,
     "stop_loss": 0.0,
     "patience": 0,
+    "bare_until": None,
     "contexts": 2,
 }
 
@@ -59,7 +60,12 @@ def test_a_value_is_the_plain_searchs(
     editor, views = make_editor(model_type)
     contexts = editor._context_templates(2, 10)
     settings = ValueParameters(
-        steps=STEPS, optimiser=optimiser, learning_rate=0.3, stop_loss=0.0, patience=0
+        steps=STEPS,
+        optimiser=optimiser,
+        learning_rate=0.3,
+        stop_loss=0.0,
+        patience=0,
+        bare_until=None,
     )
     model, loaded = views.private(()), views.loaded
     values = optimise_values(model, loaded, FACTS, layer, contexts, settings)
@@ -79,7 +85,9 @@ def test_a_value_found_by_a_tape_is_the_one_found_without_to_the_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, views = make_editor(model_type, "bfloat16" if optimiser == "adam" else "float32")
-    settings = ValueParameters(steps=STEPS, optimiser=optimiser, stop_loss=0.0, patience=0)
+    settings = ValueParameters(
+        steps=STEPS, optimiser=optimiser, stop_loss=0.0, patience=0, bare_until=None
+    )
     recorded = count_tapes(monkeypatch)
     found = []
     for most in (MOST_RECORDED, 0):
@@ -95,7 +103,7 @@ def test_one_fact_on_few_tokens_is_recorded_once_others_are_not(
     make_editor: MakeEditor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, views = make_editor()
-    settings = ValueParameters(steps=STEPS, stop_loss=0.0, patience=0)
+    settings = ValueParameters(steps=STEPS, stop_loss=0.0, patience=0, bare_until=None)
     recorded = count_tapes(monkeypatch)
 
     def search(facts: Sequence[Fact]) -> int:
@@ -119,7 +127,9 @@ def test_a_search_that_may_stop_early_is_recorded_once_it_has_lasted(
     make_editor: MakeEditor, monkeypatch: pytest.MonkeyPatch, stop_loss: float, tapes: int
 ) -> None:
     _, views = make_editor()
-    settings = ValueParameters(steps=2 * LEAST_AHEAD, stop_loss=stop_loss, patience=0)
+    settings = ValueParameters(
+        steps=2 * LEAST_AHEAD, stop_loss=stop_loss, patience=0, bare_until=None
+    )
     recorded = count_tapes(monkeypatch)
     known: list[int] = []  # tapes before each step
 
@@ -152,7 +162,9 @@ def test_a_value_found_by_weights_laid_out_is_the_plain_searchs(
     layouts = LayoutCache()
     monkeypatch.setattr("app.weights.kernels.LEAST_WORK", 1)
     _, views = make_editor(model_type)
-    settings = ValueParameters(steps=4, learning_rate=0.3, stop_loss=0.0, patience=0)
+    settings = ValueParameters(
+        steps=4, learning_rate=0.3, stop_loss=0.0, patience=0, bare_until=None
+    )
     loaded = replace(views.loaded, layouts=layouts)
     (value,) = optimise_values(views.private(()), loaded, FACTS[:1], 0, ("{}",), settings)
     model = views.private(())
@@ -166,7 +178,7 @@ def test_a_search_turns_to_whole_passes_where_the_short_ones_are_found_wrong(
     make_editor: MakeEditor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, views = make_editor("gpt2")
-    settings = ValueParameters(steps=STEPS, stop_loss=0.0, patience=0)
+    settings = ValueParameters(steps=STEPS, stop_loss=0.0, patience=0, bare_until=None)
 
     def search() -> list[Value]:
         return optimise_values(views.private(()), views.loaded, FACTS, 1, ("{}",), settings)

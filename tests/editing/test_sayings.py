@@ -22,7 +22,14 @@ from tests.tiny import TinyModels
 
 FACT = Fact("The capital of {} is", "France", "Rome")
 SETTINGS = ValueParameters(
-    steps=4, learning_rate=0.3, stop_loss=0.0, patience=0, self_essence=2, kl_weight=1.0, essence=()
+    steps=4,
+    learning_rate=0.3,
+    stop_loss=0.0,
+    patience=0,
+    bare_until=None,
+    self_essence=2,
+    kl_weight=1.0,
+    essence=(),
 )
 
 

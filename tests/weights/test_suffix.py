@@ -140,13 +140,12 @@ def branching_spans() -> list[Span]:
 
 @pytest.mark.parametrize("name", [*sorted(CONFIGS), *VARIANTS])
 def test_branches_are_the_whole_passes_of_each_span_alone(name: str) -> None:
-    """Also of those that stay when others of their row go."""
+    """Also of those that are chosen of a row."""
     model, rows = build(name), branching_spans()
     amounts = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(1))
     made = make_pass(model, 1, rows)
-    for kept in ([0, 1, 2, 3, 4, 5, 6], [1, 3, 4, 6], [3, 6]):
-        if len(kept) < len(rows):
-            made.keep(torch.tensor([rows.index(branching_spans()[index]) for index in kept]))
+    for kept in ([0, 1, 2, 3, 4, 5, 6], [1, 3, 4, 6], [0, 3, 6], [0, 1, 2, 3, 4, 5, 6]):
+        made.choose(torch.tensor(kept))
         rows = [branching_spans()[index] for index in kept]
         owners = torch.tensor([span.owner for span in rows])
         mine = amounts.clone().requires_grad_(True)
@@ -256,7 +255,7 @@ def test_rows_branch_where_attention_counts_no_columns(
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "falcon", "gemma2", "llama", "opt"])
-def test_groups_of_few_rows_are_joined_once_others_have_gone(model_type: str) -> None:
+def test_groups_of_few_rows_are_joined_once_others_are_left_out(model_type: str) -> None:
     model = build(model_type)
     generator = torch.Generator().manual_seed(0)
     rows = [
@@ -270,7 +269,7 @@ def test_groups_of_few_rows_are_joined_once_others_have_gone(model_type: str) ->
     deltas = torch.randn(len(rows), WIDTH, generator=generator)
     made = make_pass(model, 1, rows)
     assert made.tokens == 16 * 2 + 16 * 9
-    made.keep(torch.tensor([0, 1, 2, 3, 6]))
+    made.choose(torch.tensor([0, 1, 2, 3, 6]))
     assert made.tokens == 5 * 9
     chosen = [rows[index] for index in (0, 1, 2, 3, 6)]
     found = made.run(deltas[[0, 1, 2, 3, 6]])
@@ -290,7 +289,7 @@ def test_what_is_read_is_true_also_where_nothing_else_is_run_to_the_end(model_ty
     made = make_pass(model, 1, rows)
     for kept in (range(len(rows)), [0, 2, 3, 5]):
         chosen = torch.tensor(kept)
-        made.keep(chosen)
+        made.choose(chosen)
         found = made.run(deltas[chosen])
         for index, row in enumerate(kept):
             expected = run_alone(model, 1, rows[row], deltas[row])
@@ -327,21 +326,19 @@ def test_the_first_pass_sees_keys_and_outputs_where_the_layer_changes(model_type
         torch.testing.assert_close(made.outputs[index], outputs, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_that_are_kept_go_on_as_before() -> None:
+def test_rows_that_are_chosen_give_what_they_give_among_all() -> None:
     model, rows = build("llama"), spans()
     deltas = torch.randn(len(rows), WIDTH, generator=torch.Generator().manual_seed(1))
     made = make_pass(model, 1, rows)
     lengths = [len(span.ids) - span.start for span in rows]
     found = made.run(deltas)
     before = [found[at] for at in places(made, lengths)]
-    for kept in ([0, 2, 3, 5], [1, 3]):  # the second time of those that were left
+    for kept in ([0, 2, 3, 5], [2], [1, 2, 4], [0, 1, 2, 3, 4, 5]):
         chosen = torch.tensor(kept)
-        before, lengths = [before[row] for row in kept], [lengths[row] for row in kept]
-        deltas = deltas[chosen]
-        made.keep(chosen)
-        found = made.run(deltas)
-        after = [found[at] for at in places(made, lengths)]
-        torch.testing.assert_close(after, before)
+        made.choose(chosen)
+        found = made.run(deltas[chosen])
+        after = [found[at] for at in places(made, [lengths[row] for row in kept])]
+        torch.testing.assert_close(after, [before[row] for row in kept])
 
 
 def test_whole_passes_on_request_give_the_same() -> None:

@@ -73,3 +73,12 @@ def almanac_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Almana
 @pytest.fixture
 def deltas() -> MemoryDeltas:
     return MemoryDeltas()
+
+
+@pytest.fixture
+def two_cores() -> Iterator[None]:
+    """Whatever the machine has, torch has two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -180,7 +180,15 @@ def _make_rows(
     contexts = bench.contexts(params.contexts, params.context_length)
     with bench.timing("values_s"):
         values = optimise_together(
-            base, loaded, groups, layers[-1], contexts, params, bench.progress, bench.sayings
+            base,
+            loaded,
+            groups,
+            layers[-1],
+            contexts,
+            params,
+            bench.progress,
+            bench.sayings,
+            bench.crew,
         )
     residuals = [value.delta / len(layers) for value in values]
     vectors: list[dict[str, RowVectors]] = [{} for _ in groups]

@@ -54,6 +54,7 @@ class Rome(OneDelta[RomeParameters]):
                 params,
                 bench.progress,
                 bench.sayings,
+                bench.crew,
             )
         with bench.timing("solve_s"):
             keys = torch.stack([value.keys for value in values])  # (facts, contexts, d_ff)

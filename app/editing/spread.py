@@ -90,6 +90,7 @@ class SpreadMethod(OneDelta[P]):
                 params,
                 bench.progress,
                 bench.sayings,
+                bench.crew,
             )
 
     def _spread(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 import torch
@@ -21,8 +22,11 @@ from app.editing.keys import solve_keys
 from app.editing.optimisers import OPTIMISERS, Optimiser, Stall
 from app.editing.parameters import ValueParameters
 from app.editing.sayings import Sayings
+from app.editing.steps import Steps
 from app.editing.targets import FactRows, all_rows, gather_spots, span_of, trace_facts
+from app.weights.cores import Crew
 from app.weights.footprint import activation_budget, bytes_of, pack
+from app.weights.fork import fork
 from app.weights.head import logits_of
 from app.weights.kernels import use_layouts
 from app.weights.language_model import LanguageModel
@@ -35,6 +39,7 @@ log = structlog.get_logger(__name__)
 TOLERANCE = {torch.float32: 1e-3}  # between suffix and whole passes, of the logits' spread
 COARSE_TOLERANCE = 0.1  # the same in half precision
 MOST_RECORDED = 128  # tokens of a pass; with more, a step is nearly all kernels
+LEAST_PART = 256  # tokens of all rows, from which on a thread searches by itself
 LEAST_AHEAD = 8  # steps; three to five make up for a recording, on some models more
 RECORDED_COPIES = 6  # of a step's activations, there and back, while it is recorded
 
@@ -65,10 +70,13 @@ def optimise_values(
     settings: ValueParameters,
     progress: Progress = no_progress,
     sayings: Sayings | None = None,
+    crew: Crew | None = None,
 ) -> list[Value]:
     """The value change of each fact on ``model``, in the order given."""
     alone = [[fact] for fact in facts]
-    return optimise_together(model, loaded, alone, layer, contexts, settings, progress, sayings)
+    return optimise_together(
+        model, loaded, alone, layer, contexts, settings, progress, sayings, crew
+    )
 
 
 def optimise_together(
@@ -80,12 +88,13 @@ def optimise_together(
     settings: ValueParameters,
     progress: Progress = no_progress,
     sayings: Sayings | None = None,
+    crew: Crew | None = None,
 ) -> list[Value]:
     """One value change for each subject's facts on ``model``, in the order given.
 
     Subjects are taken in batches whose activations fit a budget, so memory doesn't grow with
-    their number. ``progress`` hears of every step, ``("values", steps done, of)`` over all
-    batches.
+    their number; a ``crew`` takes several at once. ``progress`` hears of every step, ``("values",
+    steps done, of)`` over all batches.
 
     Source: ROME (Meng et al. 2022, arXiv 2202.05262), equation 4, with the essence term on
     several prompts and steps relative to the hidden state.
@@ -96,34 +105,47 @@ def optimise_together(
         trace_facts(loaded, facts, contexts, settings.essence, said)
         for facts, said in zip(subjects, heard, strict=True)
     ]
+    workloads = [rows.workload(model) for rows in traced]
+    tokens = sum(workload.tokens for workload in workloads)
+    hands = crew.hands(tokens, LEAST_PART) if crew else 1
     batches = pack(
-        [rows.workload(model) for rows in traced],
+        workloads,
         model,
         loaded.anatomy,
         max(1, loaded.anatomy.depth - layer - 1),
         activation_budget(loaded.device),
+        hands,
     )
     if loaded.layouts is not None:
         use_layouts(_modules_behind(model, loaded, layer), loaded.layouts)
-    values: dict[int, Value] = {}
     whole = why_whole(model.config)
     if whole is not None:
         log.warning("value search: whole passes", layer=layer, reason=whole)
-    for number, batch in enumerate(batches):
-        search = _Search(model, loaded, [traced[i] for i in batch], layer, settings, whole)
-        tell = _tell_steps(progress, number * settings.steps, len(batches) * settings.steps)
-        values.update(zip(batch, search.run(tell), strict=True))
-        whole = search.whole
+    steps = Steps(progress, len(batches), settings.steps)
+
+    def search(number: int, own: LanguageModel) -> list[Value]:
+        nonlocal whole
+        batch = [traced[index] for index in batches[number]]
+        made = _Search(own, loaded, batch, layer, settings, whole)
+        found = made.run(lambda step: steps.tell(number, step))
+        whole = made.whole or whole
+        return found
+
+    numbers = range(len(batches))
+    if crew and hands > 1:
+        # Hooks stand on modules: each batch has its own.
+        found = crew.run([partial(search, number, fork(model)) for number in numbers])
+    else:
+        found = [search(number, model) for number in numbers]
+    values: dict[int, Value] = {}
+    for batch, mine in zip(batches, found, strict=True):
+        values.update(zip(batch, mine, strict=True))
     return [
         _with_own_keys(model, loaded, facts, layer, contexts, values[index])
         if traced[index].splits_subject
         else values[index]
         for index, facts in enumerate(subjects)
     ]
-
-
-def _tell_steps(progress: Progress, before: int, of: int) -> Callable[[int], None]:
-    return lambda step: progress("values", before + step, of)
 
 
 def _with_own_keys(

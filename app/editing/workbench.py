@@ -15,6 +15,7 @@ from app.editing.basis import Basis, Weights
 from app.editing.row_cache import RowCache
 from app.editing.sayings import Sayings
 from app.editing.statistics import Covariance
+from app.weights.cores import Crew
 from app.weights.delta import Delta, SubjectRow
 from app.weights.fold import accumulate, materialise
 from app.weights.fork import fork, graft
@@ -29,7 +30,8 @@ class Workbench:
     ledger's rows by subject.
 
     ``covariance``, ``null_space``, ``contexts``, ``sayings``, ``basis`` and ``row_cache`` come
-    from the base model, so nothing that one edit accumulates reaches another.
+    from the base model, so nothing that one edit accumulates reaches another. A ``crew`` shares
+    large work.
     """
 
     loaded: LoadedModel
@@ -47,6 +49,7 @@ class Workbench:
     seed: int
     timings: MutableMapping[str, float] = field(default_factory=dict)
     progress: Progress = no_progress
+    crew: Crew | None = None
 
     def matrix(self, layer: int) -> Tensor:
         """The layer's matrix ``(d, d_ff)`` as it is in this state."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import exp
 
 from app.domain import (
@@ -28,8 +29,11 @@ from app.evaluation.perplexity import FixedText, surprise
 from app.evaluation.prompt_kinds import PROMPT_KINDS
 from app.evaluation.scoring import Score, next_logprobs, score_targets
 from app.evaluation.states import ANSWER_TOKENS, Asked, States
+from app.weights.cores import Crew
 from app.weights.decoding import encode_prompt
 from app.weights.views import ViewCache
+
+LEAST_FACTS = 16  # from which on a thread reads by itself
 
 
 @dataclass(slots=True)
@@ -66,6 +70,7 @@ class Evaluator:
         self._loaded = views.loaded
         for index, prompt in enumerate(canaries):
             self._check_canary(index, prompt)
+        self._crew = Crew(views.loaded.device)
         self._gauge = DriftGauge(views, tuple(canaries), fixed_text)
 
     def assess(
@@ -84,6 +89,24 @@ class Evaluator:
         With ``full``, paraphrase, locality (the answer is the one before the edit) and
         portability prompts are generated too; otherwise only the facts' own prompts.
         """
+        hands = self._crew.hands(len(facts), LEAST_FACTS)
+        parts = [
+            slice(len(facts) * i // hands, len(facts) * (i + 1) // hands) for i in range(hands)
+        ]
+        found = self._crew.run(
+            [partial(self._compare, facts[part], before, after[part], full) for part in parts]
+        )
+        outcomes = [outcome for mine, _ in found for outcome in mine]
+        tallies = [tally for _, mine in found for tally in mine]
+        return Assessment(tuple(outcomes), _metrics(outcomes, tallies))
+
+    def _compare(
+        self,
+        facts: Sequence[Fact],
+        before: Composition,
+        after: Sequence[Composition],
+        full: bool,
+    ) -> tuple[list[FactOutcome], list[_Tally]]:
         states, count = States(self._views), len(facts)
         own, own_before = _own(facts, after), _own(facts, [before] * count)
         others: list[Asked] = []
@@ -105,7 +128,7 @@ class Evaluator:
                 facts, said_before[:count], said[:count], states.scores(own), tallies, strict=True
             )
         ]
-        return Assessment(tuple(outcomes), _metrics(outcomes, tallies))
+        return outcomes, tallies
 
     def read_texts(
         self,

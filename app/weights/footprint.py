@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from transformers import PreTrainedModel
 
 from app.weights.architectures import Anatomy
 
-BUDGET = 256 << 20  # on a CPU more buys little: a few hundred tokens fill its matrix products
+BUDGET = 320 << 20  # on a CPU more buys little: a few hundred tokens fill its matrix products
 ACCELERATOR_BUDGET = 4 << 30
 HIDDEN_COPIES, INNER_COPIES = 12, 5  # activations autograd keeps per layer: of width d, of d_ff
 LOGIT_COPIES = 4  # logits, their log-softmax, and the gradients of both; all fp32
@@ -43,26 +44,34 @@ def pack(
     anatomy: Anatomy,
     layers: int,
     budget: int,
+    hands: int = 1,
 ) -> list[list[int]]:
-    """Indices of the items in batches within the budget (one item at least), items of like
-    length together, so that little is padded; ``layers`` are run again and again."""
+    """Indices of the items in batches within the budget (one item at least), of which so many
+    ``hands`` work on one each: there is one for each of them, or so many times more, if there are
+    enough items, and they ask for about equal work. Items of like length are together, so that
+    little is padded; ``layers`` are run again and again."""
+    if not workloads:
+        return []
     sizes = _Sizes.of(model, anatomy, layers)
     order = sorted(range(len(workloads)), key=lambda i: (workloads[i].tokens, workloads[i].prefix))
+    room, total = budget // hands, reduce(_join, workloads)
+    rounds = -(-sizes.bytes_of(total) // (room * hands))
+    share = total.tokens / (rounds * hands)
     batches: list[list[int]] = []
-    whole: Workload | None = None
+    whole, part, done = Workload(0, 0, 0, 0), -1, 0
     for index in order:
         joined = _join(whole, workloads[index])
-        if whole is None or sizes.bytes_of(joined) > budget:
+        mine = int((done + workloads[index].tokens / 2) / share)
+        if mine > part or sizes.bytes_of(joined) > room:
             batches.append([])
             joined = workloads[index]
         batches[-1].append(index)
-        whole = joined
+        whole, part = joined, mine
+        done += workloads[index].tokens
     return batches
 
 
-def _join(batch: Workload | None, item: Workload) -> Workload:
-    if batch is None:
-        return item
+def _join(batch: Workload, item: Workload) -> Workload:
     return Workload(
         batch.rows + item.rows,
         max(batch.prefix, item.prefix),

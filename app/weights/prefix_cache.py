@@ -84,7 +84,7 @@ class PrefixLayer(DynamicLayer):
     def take(self, rows: Tensor) -> PrefixLayer:
         made = PrefixLayer(self._length, kept=self._kept)
         if self.keys is not None and self.values is not None:
-            made._hold(self.keys[rows], self.values[rows])
+            made._hold(self.keys.index_select(0, rows), self.values.index_select(0, rows))
         else:
             made._hold(None, None)
         return made

@@ -141,7 +141,8 @@ class Group:
         width = max(len(tree.parents) for tree in trees)
         if len(groups) == 1 and width == first.width and all(each.is_whole for each in kept):
             rows = first._rows.take(chosen[0])
-            entry, cache = first._entry[chosen[0]], first._cache.take(chosen[0])
+            entry = first._entry.index_select(0, chosen[0])
+            cache = first._cache.take(chosen[0])
             return Group(site, trees, rows, entry, cache, whole=whole)
         rows = align_rows(trees, site.pad_id, site.device)
         columns = [[*each.columns, *[0] * (width - len(each.columns))] for each in kept]

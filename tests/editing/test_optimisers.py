@@ -134,6 +134,30 @@ def test_a_loss_has_stalled_when_its_lowest_hardly_falls(
     assert (stalls.index(True) if True in stalls else None) == stops_at
 
 
+def test_a_loss_that_is_another_one_has_not_stalled() -> None:
+    """Nor before it has had its own patience."""
+    memory = Stall(patience=2, count=2, device=CPU)
+    for _ in range(2):
+        assert not memory.see(torch.ones(2)).any()
+    memory.start_anew(torch.tensor([True, False]))
+    found = [memory.see(torch.ones(2)).tolist() for _ in range(3)]
+    assert found == [[False, True], [False, True], [True, True]]
+
+
+def test_a_higher_loss_that_is_another_one_is_no_rise() -> None:
+    """Polyak's step stays as long, and goes by the gradient alone."""
+    gradient = torch.ones(2, WIDTH)
+    first, other = Polyak((2, WIDTH), 0.3, CPU), Polyak((2, WIDTH), 0.3, CPU)
+    for optimiser in (first, other):
+        optimiser.step(gradient, torch.ones(2))
+    first.start_anew(torch.tensor([True, False]))
+    for optimiser in (first, other):
+        optimiser.step(2 * gradient, 500 * torch.ones(2))
+    torch.testing.assert_close(first.z[1], other.z[1])
+    way = first.z[0] - other.z[0]
+    assert float(way.norm()) == pytest.approx(0.3 * WIDTH**0.5 / 2)  # half of the longest step
+
+
 def test_a_loss_never_stalls_without_patience() -> None:
     memory = Stall(patience=0, count=2, device=CPU)
     assert not any(bool(memory.see(torch.ones(2)).any()) for _ in range(9))

@@ -10,6 +10,7 @@ from app.domain import Expectation, Fact
 from app.drift_monitor import DriftMonitor, LiveState
 from app.editing.editor import Editor
 from app.errors import SettingsError
+from app.evaluation import evaluator
 from app.evaluation.answers import first_clause, says
 from app.evaluation.drift import DriftGauge
 from app.evaluation.evaluator import Evaluator
@@ -41,9 +42,15 @@ def edited(tiny: TinyModels, deltas: MemoryDeltas, tmp_path: Path) -> tuple[View
     return views, [deltas.add(proposal.payload) for proposal in proposals]
 
 
+@pytest.mark.parametrize("least", [1, 16])
 def test_the_figures_are_those_of_generating_prompt_by_prompt(
     edited: tuple[ViewCache, list[str]],
+    two_cores: None,
+    monkeypatch: pytest.MonkeyPatch,
+    least: int,
 ) -> None:
+    """Also where two threads read a fact each."""
+    monkeypatch.setattr(evaluator, "LEAST_FACTS", least)
     views, (first, second) = edited
     other = replace(
         FACT,

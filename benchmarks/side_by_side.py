@@ -24,6 +24,7 @@ from app.almanac.trials import choose_trials
 from app.cli.progress import progress_bar
 from app.domain import EditCommand, Fact, Mode
 from app.main import OwningService, build_service, configure_logging
+from app.serving import SWITCH_SECONDS
 from app.settings import load_settings
 from benchmarks.edit_speed import batches_of
 
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"The almanac has facts for {most} edits a side; lower n × rounds.\n")
         return 2
     configure_logging(as_json=False)
+    sys.setswitchinterval(SWITCH_SECONDS)  # as a server has it
     with tempfile.TemporaryDirectory() as folder:
         settings = load_settings(data=Path(folder), threads=options.threads)
         service = build_service(settings, lambda _stage: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,25 +40,28 @@ class BatchRows:
         at_targets = said[: spots.targets]
         self._answers = at_targets.argmax(dim=-1)
         self._target_losses = -at_targets.gather(1, spots.wanted[:, None])[:, 0]
-        self._count = torch.ones_like(spots.row, dtype=torch.bool)
+        self._counts = torch.ones_like(spots.row, dtype=torch.bool)
 
-    @property
-    def bare_loss(self) -> Tensor:
-        """``(facts,)``: the target's mean negative log-likelihood (nats per token) in the
-        unedited model, bare."""
+    def bare_losses(self, facts: int) -> Tensor:
+        """For each of so many facts, the target's mean negative log-likelihood (nats per token)
+        in the unedited model, bare."""
         of_bare = self._is_bare[self._spots.row[: self._spots.targets]]
         owners = self._spots.owner[: self._spots.targets][of_bare]
-        return mean_by_owner(self._target_losses[of_bare], owners, int(self._owners.max()) + 1)
+        return mean_by_owner(self._target_losses[of_bare], owners, facts)
 
-    def read(self, active: Tensor, near: Tensor, compared: int | None = None) -> Read:
+    def read(
+        self, active: Sequence[int], near: Sequence[bool], compared: int | None = None
+    ) -> Read:
         """All rows of facts that are ``near`` (a boolean for each of the batch), the bare ones of
         the others, as far as they are ``active`` (their numbers, in rising order). All rows of
         the one ``compared`` are read, but only count if it is near."""
-        new_owner = torch.full_like(near, -1, dtype=torch.long)
-        new_owner[active] = torch.arange(len(active), device=active.device)
-        counting = self._is_bare | near[self._owners]
+        device = self._owners.device
+        places = {fact: place for place, fact in enumerate(active)}
+        numbers = [places.get(fact, -1) for fact in range(len(near))]
+        new_owner = torch.tensor(numbers, device=device)
+        counting = self._is_bare | torch.tensor(near, device=device)[self._owners]
         chosen = counting if compared is None else counting | (self._owners == compared)
-        kept = self._count & (chosen & (new_owner[self._owners] >= 0))[self._spots.row]
+        kept = self._counts & (chosen & (new_owner[self._owners] >= 0))[self._spots.row]
         needed = torch.zeros_like(chosen)
         needed[self._spots.row[kept]] = True
         spots = self._spots.take(kept)
@@ -85,21 +89,21 @@ class BatchRows:
         gone = {rows[place] for place in telling if owners[place] in others}
         left = set(range(len(rows))) - set(telling)
         counts = [place in left and row not in gone for place, row in enumerate(rows)]
-        self._count = torch.tensor(counts, device=self._count.device)
+        self._counts = torch.tensor(counts, device=self._counts.device)
 
     def _find_telling(self) -> list[int]:
         """The essence spots at which the unedited model would begin the answer that it gives to
         one of the subject's facts."""
         spots = self._spots
-        said = [*self._answers.tolist(), *self._unchanged.argmax(dim=-1).tolist()]
+        likeliest = [*self._answers.tolist(), *self._unchanged.argmax(dim=-1).tolist()]
         owners, rows = spots.owner.tolist(), spots.row.tolist()
         answers = {
-            (owners[place], said[place])
+            (owners[place], likeliest[place])
             for place in range(spots.targets)
             if place == 0 or rows[place] != rows[place - 1]
         }
-        essence = range(spots.targets, len(said))
-        return [place for place in essence if (owners[place], said[place]) in answers]
+        essence = range(spots.targets, len(likeliest))
+        return [place for place in essence if (owners[place], likeliest[place]) in answers]
 
 
 def mean_by_owner(values: Tensor, owners: Tensor, count: int) -> Tensor:

@@ -116,13 +116,15 @@ class Stall:
         self._patience = patience
         self._seen = torch.empty(0, count, device=device)
 
-    def see(self, losses: Tensor) -> Tensor:
+    def see(self, losses: Tensor) -> list[bool]:
         """Which have, in the last ``patience`` steps, not come 5 % below the one before them,
         and didn't just rise."""
         seen = self._seen = torch.cat([self._seen, losses[None]])[-self._patience - 1 :]
         if not self._patience or len(seen) <= self._patience:
-            return torch.zeros_like(losses, dtype=torch.bool)
-        return (seen[1:].amin(dim=0) > (1 - STALLED) * seen[0]) & (seen[-1] <= seen[-2])
+            return [False] * len(losses)
+        stalled = (seen[1:].amin(dim=0) > (1 - STALLED) * seen[0]) & (seen[-1] <= seen[-2])
+        found: list[bool] = stalled.tolist()
+        return found
 
     def start_anew(self, rows: Tensor) -> None:
         """These facts (booleans) have another loss from now on."""

@@ -137,7 +137,7 @@ class ValueParameters(Parameters):
         Positive | None,
         Field(
             description="Read the bare prompt alone until the target's loss (nats per token) is "
-            "below this, then the contexts and what should stay, too; null: all in every step, "
-            "as published."
+            "below this (or could stop the fact, or stalls), then the contexts and what should "
+            "stay, too; null: all in every step, as published."
         ),
     ] = 3.0

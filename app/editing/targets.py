@@ -40,9 +40,9 @@ class FactRows:
         )
 
     @property
-    def length(self) -> int:
-        """Tokens of all rows."""
-        return sum(len(row.ids) for row in self.targets + self.essence)
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row.ids) for row in self.targets + self.essence)
 
     @property
     def splits_subject(self) -> bool:

@@ -46,7 +46,8 @@ RECORDED_COPIES = 6  # of a step's activations, there and back, while it is reco
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """``delta`` ``(d,)`` in fp32, the target's loss (nats per token) with it, steps taken.
+    """``delta`` ``(d,)`` in fp32, the target's loss (nats per token) with it in the rows that were
+    read last, steps taken.
 
     Seen on the way, in fp32: ``keys`` ``(rows, d_ff)`` as ``solve_keys`` gives them at the same
     layer, of the rows that the facts are read in (a single fact in all contexts), and ``hidden``
@@ -210,10 +211,10 @@ class _Search:
         self._optimiser: Optimiser = optimiser(self._hidden.shape, settings.learning_rate, device)
         self._stall = Stall(settings.patience, len(facts), device)
         self._losses = Repeated()
-        self._active = torch.arange(len(facts), device=device)
-        self._near = self._are_near(self._rows.bare_loss)
-        # The first step is compared with the first pass in all rows of a fact, the longest.
-        self._choose(max(range(len(facts)), key=lambda index: facts[index].length))
+        self._active = list(range(len(facts)))
+        self._near = [self._is_near(loss) for loss in self._rows.bare_losses(len(facts)).tolist()]
+        # The first step is compared with the first pass in all rows of a fact, of the longest.
+        self._choose(max(self._active, key=lambda index: facts[index].longest))
         self._expected: Tensor | None = said[self._read.places]
         self._single = len(facts) == 1
         layers = max(1, loaded.anatomy.depth - layer - 1)
@@ -227,8 +228,9 @@ class _Search:
             z = self._optimiser.z.detach()
             nll, totals = self._evaluate(z, step)
             losses = nll.tolist()
-            done = [True] * len(z) if last else self._are_done(nll, totals)
-            for place, fact in enumerate(self._active.tolist()):
+            comes, done = self._judge(losses, totals)
+            done = [True] * len(z) if last else done
+            for place, fact in enumerate(self._active):
                 if done[place]:
                     delta = self._unit[place] * z[place]
                     keys, hidden = self._keys[fact], self._hidden[fact]
@@ -237,7 +239,7 @@ class _Search:
                 break
             self._optimiser.step(self._losses.backward(), totals)
             self._clamp()
-            self._go_on(done, nll, first=step == 0)
+            self._go_on(comes, done)
         self._losses.forget()
         return [found[fact] for fact in range(len(found))]
 
@@ -255,11 +257,12 @@ class _Search:
     def _pays_to_record(self, step: int) -> bool:
         """Whether there is one fact (of those that leave one after the other each would ask for
         another tape), few tokens, the memory (a recording keeps a whole step), and steps ahead
-        that make up for it: a search that may stop early is taken to go on for as long as it has
-        lasted."""
+        that make up for it: a search that may stop early, or read more, is taken to go on for as
+        long as it has lasted."""
         settings = self._settings
         ahead = settings.steps - step
-        if settings.stop_loss or settings.stop_target or settings.patience:
+        stops = settings.stop_loss or settings.stop_target or settings.patience
+        if stops or not all(self._near):
             ahead = min(ahead, step)
         return (
             self._single
@@ -269,17 +272,23 @@ class _Search:
             and RECORDED_COPIES * self._bytes <= activation_budget(self._norms.device)
         )
 
-    def _are_done(self, nll: Tensor, totals: Tensor) -> list[bool]:
+    def _judge(self, losses: Sequence[float], totals: Tensor) -> tuple[list[bool], list[bool]]:
+        """Which active facts' targets have come near, or come no nearer by the bare prompt; and
+        which facts are done."""
         settings = self._settings
-        done = (totals < settings.stop_loss) | (nll < settings.stop_target)
-        done &= self._near[self._active]
-        found: list[bool] = (done | self._stall.see(totals)).tolist()
-        return found
+        low = totals < settings.stop_loss
+        verdicts = zip(self._active, losses, low.tolist(), self._stall.see(totals), strict=True)
+        comes, done = [], []
+        for fact, loss, is_low, stalled in verdicts:
+            near = self._near[fact]
+            comes.append(not near and (self._is_near(loss) or stalled))
+            done.append(near and (is_low or loss < settings.stop_target or stalled))
+        return comes, done
 
     def _compute_losses(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities ``(spots, vocabulary)`` and, per active fact, the mean negative
-        log-likelihood of the target over contexts and tokens and the loss that is minimised, with
-        the mean KL from the unedited model over the essence prompts and the decay."""
+        """Log-probabilities ``(spots, vocabulary)`` and, per active fact and over what is read of
+        it, the mean negative log-likelihood of the target and the loss that is minimised, with the
+        mean KL from the unedited model at the essence spots and the decay."""
         settings, spots, base = self._settings, self._read.spots, self._read.unchanged
         deltas = self._unit * z
         hidden = self._pass.run(deltas.index_select(0, self._read.owners))
@@ -314,31 +323,37 @@ class _Search:
         bound = self._settings.clamp * self._norms
         self._optimiser.z.mul_((bound / sizes.clamp(min=1e-12)).clamp(max=1)[:, None])
 
-    def _go_on(self, done: Sequence[bool], nll: Tensor, *, first: bool) -> None:
-        """Let facts that are done go, and from now on read all rows of those that came near."""
-        comes = self._are_near(nll) & ~self._near[self._active]
-        turns = bool(comes.any())
-        if turns:
-            self._near = self._near.index_fill(0, self._active[comes], True)
-            self._optimiser.start_anew(comes)
-            self._stall.start_anew(comes)
+    def _go_on(self, comes: Sequence[bool], done: Sequence[bool]) -> None:
+        """From now on read all rows of those facts that came near, and nothing of those that are
+        done."""
+        device = self._norms.device
+        if any(comes):
+            for place, fact in enumerate(self._active):
+                self._near[fact] |= comes[place]
+            turning = torch.tensor(comes, device=device)
+            self._optimiser.start_anew(turning)
+            self._stall.start_anew(turning)
         if any(done):
-            stays = torch.tensor([not gone for gone in done], device=comes.device)
-            self._active = self._active[stays]
+            stays = torch.tensor([not gone for gone in done], device=device)
+            self._active = [fact for fact, gone in zip(self._active, done, strict=True) if not gone]
             self._norms, self._unit = self._norms[stays], self._unit[stays]
             self._optimiser.keep(stays)
             self._stall.keep(stays)
-        if turns or any(done) or (first and not bool(self._near.all())):
+        if any(comes) or any(done) or self._compares:
             self._choose()
 
-    def _are_near(self, nll: Tensor) -> Tensor:
-        until = self._settings.bare_until
-        return torch.ones_like(nll, dtype=torch.bool) if until is None else nll < until
+    def _is_near(self, loss: float) -> bool:
+        """Where a fact may stop, it is near in any case."""
+        settings = self._settings
+        if settings.bare_until is None:
+            return True
+        return loss < max(settings.bare_until, settings.stop_loss, settings.stop_target)
 
     def _choose(self, compared: int | None = None) -> None:
         """Read all rows of the facts that are near, bare ones of the others still sought; and all
         of one that is to be ``compared``."""
         self._losses.forget()
+        self._compares = compared is not None and not self._near[compared]
         self._read = self._rows.read(self._active, self._near, compared)
         self._pass.choose(self._read.rows)
         self._places = self._pass.places(self._read.spots.row, self._read.spots.column)

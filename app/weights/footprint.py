@@ -14,7 +14,7 @@ from app.weights.architectures import Anatomy
 BUDGET = 320 << 20  # on a CPU more buys little: a few hundred tokens fill its matrix products
 ACCELERATOR_BUDGET = 4 << 30
 HIDDEN_COPIES, INNER_COPIES = 12, 5  # activations autograd keeps per layer: of width d, of d_ff
-LOGIT_COPIES = 4  # logits, their log-softmax, and the gradients of both; all fp32
+LOGIT_COPIES = 5  # logits, their log-softmax, the gradients of both, what is to stay; all fp32
 
 
 def activation_budget(device: torch.device) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from app.domain import Fact
 from app.editing import values as values_module
+from app.editing.optimisers import Polyak, Stall
 from app.editing.parameters import ValueParameters
 from app.editing.values import Value, optimise_together, optimise_values
 from app.weights.cores import Crew
@@ -82,13 +84,62 @@ def test_contexts_and_essence_join_once_the_target_is_near(
     assert chosen == [[0, 1, 2, 3], [0], [0, 1, 2, 3]]
 
 
-def test_in_a_batch_each_comes_near_as_it_does_alone(make_editor: MakeEditor) -> None:
+def test_a_fact_is_not_done_before_all_its_rows_are_read(
+    make_editor: MakeEditor, chosen: list[list[int]]
+) -> None:
+    """Where it could be done, it is near."""
+    (bare,) = search(make_editor, FACTS[:1], ("{}",), essence=(), steps=3)
+    chosen.clear()
+    (value,) = search(make_editor, FACTS[:1], bare_until=1e-9, stop_loss=1.01 * bare.loss)
+    assert chosen[:3] == [[0, 1, 2, 3], [0], [0, 1, 2, 3]]
+    assert value.steps > 3
+
+
+def test_a_fact_that_comes_no_nearer_is_read_in_full_before_it_is_given_up(
+    make_editor: MakeEditor, chosen: list[list[int]]
+) -> None:
+    (value,) = search(make_editor, FACTS[:1], bare_until=1e-9, patience=3, steps=80)
+    assert chosen == [[0, 1, 2, 3], [0], [0, 1, 2, 3]]
+    assert 8 <= value.steps < 80
+
+
+def test_the_first_step_is_compared_in_the_longest_row(
+    make_editor: MakeEditor, chosen: list[list[int]]
+) -> None:
+    longer = Fact("The town that all the world calls {} is", "Berlin", "Spain")
+    search(make_editor, [FACTS[0], longer], bare_until=1e-9)
+    first, then = chosen  # of rows in three contexts each, then an essence row each
+    assert first == [0, 3, 4, 5, 7]
+    assert then == [0, 3]
+
+
+def test_in_a_batch_each_comes_near_as_it_does_alone(
+    make_editor: MakeEditor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[list[bool]] = []
+    for kind in (Polyak, Stall):
+        monkeypatch.setattr(kind, "start_anew", noting(kind.start_anew, turns))
     losses = [value.loss for value in search(make_editor, contexts=("{}",), steps=4)]
-    until = sorted(losses)[1]  # two come near at different steps, the third perhaps never
+    until = sorted(losses)[1]
+    turns.clear()
     together = search(make_editor, bare_until=until)
-    assert_alike(together, [search(make_editor, [fact], bare_until=until)[0] for fact in FACTS])
+    assert len(turns) == 6  # at different steps, and each time both are told
+    assert all(sum(turn) == 1 for turn in turns)
+    alone = [search(make_editor, [fact], bare_until=until)[0] for fact in FACTS]
+    assert_alike(together, alone)
+    nearest = losses.index(min(losses))
     far = search(make_editor, bare_until=1e-9)
-    assert not torch.allclose(together[losses.index(min(losses))].delta, far[0].delta)
+    assert not torch.allclose(together[nearest].delta, far[nearest].delta, rtol=1e-2)
+
+
+def noting(
+    start_anew: Callable[[Any, Tensor], None], turns: list[list[bool]]
+) -> Callable[[Any, Tensor], None]:
+    def noted(self: Any, rows: Tensor) -> None:
+        turns.append(rows.tolist())
+        start_anew(self, rows)
+
+    return noted
 
 
 def test_all_facts_of_a_subject_are_read_bare(

@@ -351,6 +351,16 @@ def test_whole_passes_on_request_give_the_same() -> None:
     torch.testing.assert_close(made.run(deltas)[real], suffix[real], rtol=1e-4, atol=1e-4)
 
 
+def test_whole_passes_on_request_stay_whole_whatever_is_chosen() -> None:
+    rows = spans()
+    made = make_pass(build("gpt2"), 1, rows)
+    made.choose(torch.tensor([0, 2]))
+    made.run_whole()
+    for kept in ([0, 2, 3], range(len(rows))):
+        made.choose(torch.tensor(kept))
+        assert made.tokens >= sum(len(rows[index].ids) for index in kept)
+
+
 def test_a_pass_leaves_the_model_as_it_was(tiny: TinyModels) -> None:
     model = fork(tiny.load("gpt2").model)
     before = [dict(module.__dict__) for module in model.modules()]

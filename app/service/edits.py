@@ -298,16 +298,17 @@ class Edits:
 
     def _new_sandboxes(self, draft: Draft) -> list[Sandbox]:
         edit = draft.edit
+        hashes = self._views.state_hashes(draft.candidates)
         return [
             Sandbox(
                 id=new_id("s"),
                 root=draft.start.parent,
                 edits=(edit.id,),
                 deltas=step.added,
-                state_hash=self._views.state_hash(candidate),
+                state_hash=state_hash,
                 created_at=edit.created_at,
             )
-            for step, candidate in zip(draft.steps, draft.candidates, strict=True)
+            for step, state_hash in zip(draft.steps, hashes, strict=True)
         ]
 
     def _grow(self, sandbox: Sandbox, edit: Edit, step: Succession, target: Composition) -> Sandbox:

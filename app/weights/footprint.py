@@ -14,6 +14,7 @@ from app.weights.architectures import Anatomy
 BUDGET = 320 << 20  # on a CPU more buys little: a few hundred tokens fill its matrix products
 ACCELERATOR_BUDGET = 4 << 30
 HIDDEN_COPIES, INNER_COPIES = 12, 5  # activations autograd keeps per layer: of width d, of d_ff
+ROW_COST = 6  # what a row costs in time, in tokens that are run, for those that are read once
 LOGIT_COPIES = 5  # logits, their log-softmax, the gradients of both, what is to stay; all fp32
 
 
@@ -31,6 +32,11 @@ class Workload:
     prefix: int
     tokens: int
     spots: int
+
+    @property
+    def work(self) -> int:
+        """The time it takes, in tokens that are run."""
+        return self.tokens + ROW_COST * self.rows
 
 
 def bytes_of(workload: Workload, model: PreTrainedModel, anatomy: Anatomy, layers: int) -> int:
@@ -56,18 +62,18 @@ def pack(
     order = sorted(range(len(workloads)), key=lambda i: (workloads[i].tokens, workloads[i].prefix))
     room, total = budget // hands, reduce(_join, workloads)
     rounds = -(-sizes.bytes_of(total) // (room * hands))
-    share = total.tokens / (rounds * hands)
+    share = total.work / (rounds * hands)
     batches: list[list[int]] = []
     whole, part, done = Workload(0, 0, 0, 0), -1, 0
     for index in order:
         joined = _join(whole, workloads[index])
-        mine = int((done + workloads[index].tokens / 2) / share)
+        mine = int((done + workloads[index].work / 2) / share)
         if mine > part or sizes.bytes_of(joined) > room:
             batches.append([])
             joined = workloads[index]
         batches[-1].append(index)
         whole, part = joined, mine
-        done += workloads[index].tokens
+        done += workloads[index].work
     return batches
 
 

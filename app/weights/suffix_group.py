@@ -66,7 +66,7 @@ class Seen:
 
 
 class Kept:
-    """A tree that stays, or what stays of it, and where it is until now."""
+    """A tree that is chosen, or what is chosen of it, and where it was recorded."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Kept:
         number: Mapping[int, int],
         spans: Sequence[Span],
     ) -> None:
-        """``number`` has the new indices of the spans that stay, ``spans`` those spans."""
+        """``number`` has the new indices of the spans that are chosen, ``spans`` those spans."""
         old = [(number[s], p) for s, p in zip(tree.spans, tree.columns, strict=True) if s in number]
         members = [span for span, _ in old]
         self.row = row

@@ -12,7 +12,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from app.domain import BaseIdentity, Composition, Digest
+from app.weights.cores import Crew
 from app.weights.delta import Delta, LowRank, SubjectRow
 from app.weights.digest import combined_digest
 from app.weights.fold import accumulate, materialise
@@ -29,6 +30,7 @@ from app.weights.loading import LoadedModel
 from app.weights.snapshots import LiveSums, SnapshotStore
 
 DeltaLoader = Callable[[Digest], bytes]
+LEAST_STATES = 16  # from which on a thread hashes by itself
 KEPT_SUMS = 3  # the live one, its predecessor and a candidate: a commit then folds one delta
 KEPT_PASSING = 8  # views that were made on the way to something else
 KEPT_ROWS = 8192  # of the ledger: a key, its solution and a residual each
@@ -97,6 +99,7 @@ class ViewCache:
         self._snapshots = snapshots
         self._kinds = snapshots.kinds() if snapshots else {}  # whether a delta is a row
         self._ledger = Ledger()
+        self._crew = Crew(loaded.device)
         self._dispatched = is_dispatched(loaded.model)
         self._base = View((), loaded.model, {}, loaded.identity.digest)
         self._live = self._base
@@ -202,6 +205,20 @@ class ViewCache:
     def state_hash(self, composition: Composition) -> Digest:
         """sha256 over the edited matrices' bytes; the base's own digest for the base."""
         return self.get(composition).state_hash
+
+    def state_hashes(self, compositions: Sequence[Composition]) -> list[Digest]:
+        """The hash of each, several at once where there are many.
+
+        Raises:
+            JournalError: a delta is missing or damaged.
+        """
+        hands = self._crew.hands(len(compositions), LEAST_STATES)
+        parts = [compositions[hand::hands] for hand in range(hands)]
+        found = self._crew.run([partial(self._hash_all, part) for part in parts])
+        return [found[place % hands][place // hands] for place in range(len(compositions))]
+
+    def _hash_all(self, compositions: Sequence[Composition]) -> list[Digest]:
+        return [self.state_hash(composition) for composition in compositions]
 
     def pin_live(self, composition: Composition) -> None:
         """Keep this view resident as the live one; the former live view joins the others."""

@@ -44,8 +44,8 @@ def test_batches_hold_each_item_once_within_the_budget(
 def test_hands_get_like_amounts_of_items_of_like_length(tiny: TinyModels) -> None:
     loaded = tiny.load("llama")
     batches = pack(ITEMS, loaded.model, loaded.anatomy, 2, 1 << 40, 5)
-    amounts = [joined(batch).tokens for batch in batches]
-    assert max(amounts) - min(amounts) <= 2 * max(item.tokens for item in ITEMS)
+    amounts = [joined(batch).work for batch in batches]
+    assert max(amounts) - min(amounts) <= 2 * max(item.work for item in ITEMS)
     longest = [max(ITEMS[index].tokens for index in batch) for batch in batches]
     shortest = [min(ITEMS[index].tokens for index in batch) for batch in batches]
     assert all(end <= begin for end, begin in zip(longest, shortest[1:], strict=False))

@@ -9,7 +9,7 @@ import torch
 from app.domain import Composition
 from app.weights.delta import Delta, Dense, LowRank
 from app.weights.loading import LoadedModel, load_model
-from app.weights.views import ViewCache
+from app.weights.views import LEAST_STATES, ViewCache
 from tests.tiny import MemoryDeltas, TinyModels, save_tiny_model
 
 
@@ -48,6 +48,20 @@ def test_a_state_is_a_pure_function_of_its_composition(
         assert fresh.state_hash(composition[:length]) == hashes[length]
         for name, matrix in matrices(fresh, composition[:length]).items():
             assert torch.equal(matrix, matrices(stepwise, composition[:length])[name])
+
+
+def test_many_states_have_the_hashes_they_have_one_by_one(
+    tiny: TinyModels, deltas: MemoryDeltas, two_cores: None
+) -> None:
+    loaded = tiny.load("llama")
+    states: list[Composition] = [
+        (add_delta(deltas, loaded, seed),) for seed in range(2 * LEAST_STATES)
+    ]
+    states += [(), states[0]]
+    found = deltas.views(loaded).state_hashes(states)
+    one_by_one = deltas.views(loaded)
+    assert found == [one_by_one.state_hash(state) for state in states]
+    assert len(set(found)) == 2 * LEAST_STATES + 1
 
 
 def test_the_base_keeps_its_bytes_negative_zeros_included(

@@ -26,6 +26,7 @@ from app.editing.basis import Basis, Weights
 from app.editing.keys import solve_keys
 from app.editing.method import Method, Part, Solution
 from app.editing.parameters import (
+    BareUntil,
     LayersParameters,
     NonNegative,
     Positive,
@@ -51,6 +52,7 @@ class LedgerParameters(LayersParameters, ValueParameters):
     ] = 100.0
     ridge: Ridge = 1e-4
     self_essence: SelfEssence = 6
+    bare_until: BareUntil = None
     anchor_weight: Annotated[
         NonNegative,
         Field(

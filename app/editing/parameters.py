@@ -25,6 +25,15 @@ SelfEssence = Annotated[
     ),
 ]
 
+BareUntil = Annotated[
+    Positive | None,
+    Field(
+        description="Read the bare prompt alone until the target's loss (nats per token) is "
+        "below this (or could stop the fact, or stalls), then the contexts and what should "
+        "stay, too; null: all in every step, as published."
+    ),
+]
+
 
 class Parameters(BaseModel):
     """Base of a method's hyperparameters."""
@@ -133,11 +142,4 @@ class ValueParameters(Parameters):
         ),
     ] = ("{} is a",)
     self_essence: SelfEssence = 0
-    bare_until: Annotated[
-        Positive | None,
-        Field(
-            description="Read the bare prompt alone until the target's loss (nats per token) is "
-            "below this (or could stop the fact, or stalls), then the contexts and what should "
-            "stay, too; null: all in every step, as published."
-        ),
-    ] = 3.0
+    bare_until: BareUntil = 3.0

@@ -119,6 +119,9 @@ class FakeViews:
         known = self.knowledge(composition)
         return sha256(json.dumps(known, sort_keys=True).encode()) if composition else BASE.digest
 
+    def state_hashes(self, compositions: Sequence[Composition]) -> list[Digest]:
+        return [self.state_hash(composition) for composition in compositions]
+
     def remake(self, composition: Composition) -> Digest:
         return self.state_hash(composition)
 

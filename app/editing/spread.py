@@ -23,7 +23,7 @@ from app.editing.workbench import Workbench
 from app.weights.delta import Delta, LowRank
 from app.weights.footprint import activation_budget
 
-KEPT_SHARE = 0.25  # of the memory for activations, may be what enters a layer
+KEPT_SHARE = 0.2  # of the memory for activations, may be what enters a layer
 
 
 class SpreadParameters(LayersParameters, ValueParameters):

@@ -31,6 +31,7 @@ from app.weights.head import logits_of
 from app.weights.kernels import use_layouts
 from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
+from app.weights.memory import give_back
 from app.weights.suffix import SuffixPass, why_whole
 from app.weights.tape import Repeated
 
@@ -130,6 +131,9 @@ def optimise_together(
         made = _Search(own, loaded, batch, layer, settings, whole)
         found = made.run(lambda step: steps.tell(number, step))
         whole = made.whole or whole
+        if len(batches) > hands:  # what a batch leaves in pieces, the next ones would add to
+            del made
+            give_back()
         return found
 
     numbers = range(len(batches))

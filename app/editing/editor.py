@@ -38,7 +38,6 @@ from app.editing.tuned import read_tuned
 from app.editing.vetting import read_row_facts
 from app.editing.workbench import Workbench
 from app.errors import ContextExceeded, EditRejected, InvalidInput
-from app.weights.cores import Crew
 from app.weights.delta import Delta
 from app.weights.kernels import use_fused_activations
 from app.weights.memory import give_back
@@ -80,7 +79,6 @@ class Editor:
             views.loaded, folder=self._folder, covariance=self._statistics.covariance
         )
         self._live_edits = LiveEdits(views)
-        self._crew = Crew(views.loaded.device)
         self._tables = {name: read_table(name) for name in METHODS}
 
     def plan(self, method: str | None, hparams: Mapping[str, Any]) -> EditPlan:
@@ -207,7 +205,7 @@ class Editor:
             seed=seed,
             timings=timings,
             progress=progress,
-            crew=self._crew,
+            crew=self._views.crew,
         )
 
     def succeed(self, composition: Composition, digests: Sequence[Digest]) -> Succession:

@@ -107,6 +107,24 @@ def optimise_together(
         trace_facts(loaded, facts, contexts, settings.essence, said)
         for facts, said in zip(subjects, heard, strict=True)
     ]
+    values = _search_in_batches(model, loaded, traced, layer, settings, progress, crew)
+    return [
+        _with_own_keys(model, loaded, facts, layer, contexts, value)
+        if rows.splits_subject
+        else value
+        for facts, rows, value in zip(subjects, traced, values, strict=True)
+    ]
+
+
+def _search_in_batches(
+    model: LanguageModel,
+    loaded: LoadedModel,
+    traced: Sequence[FactRows],
+    layer: int,
+    settings: ValueParameters,
+    progress: Progress,
+    crew: Crew | None,
+) -> list[Value]:
     workloads = [rows.workload(model) for rows in traced]
     tokens = sum(workload.tokens for workload in workloads)
     hands = crew.hands(tokens, LEAST_PART) if crew else 1
@@ -145,12 +163,7 @@ def optimise_together(
     values: dict[int, Value] = {}
     for batch, mine in zip(batches, found, strict=True):
         values.update(zip(batch, mine, strict=True))
-    return [
-        _with_own_keys(model, loaded, facts, layer, contexts, values[index])
-        if traced[index].splits_subject
-        else values[index]
-        for index, facts in enumerate(subjects)
-    ]
+    return [values[index] for index in range(len(traced))]
 
 
 def _with_own_keys(

@@ -29,7 +29,6 @@ from app.evaluation.perplexity import FixedText, surprise
 from app.evaluation.prompt_kinds import PROMPT_KINDS
 from app.evaluation.scoring import Score, next_logprobs, score_targets
 from app.evaluation.states import ANSWER_TOKENS, Asked, States
-from app.weights.cores import Crew
 from app.weights.decoding import encode_prompt
 from app.weights.views import ViewCache
 
@@ -70,7 +69,6 @@ class Evaluator:
         self._loaded = views.loaded
         for index, prompt in enumerate(canaries):
             self._check_canary(index, prompt)
-        self._crew = Crew(views.loaded.device)
         self._gauge = DriftGauge(views, tuple(canaries), fixed_text)
 
     def assess(
@@ -89,11 +87,11 @@ class Evaluator:
         With ``full``, paraphrase, locality (the answer is the one before the edit) and
         portability prompts are generated too; otherwise only the facts' own prompts.
         """
-        hands = self._crew.hands(len(facts), LEAST_FACTS)
+        hands = self._views.crew.hands(len(facts), LEAST_FACTS)
         parts = [
             slice(len(facts) * i // hands, len(facts) * (i + 1) // hands) for i in range(hands)
         ]
-        found = self._crew.run(
+        found = self._views.crew.run(
             [partial(self._compare, facts[part], before, after[part], full) for part in parts]
         )
         outcomes = [outcome for mine, _ in found for outcome in mine]

@@ -88,6 +88,7 @@ class ViewCache:
         snapshots: SnapshotStore | None = None,
     ) -> None:
         self.loaded = loaded
+        self.crew = Crew(loaded.device)
         self._load_delta = load_delta
         self._budget = budget_bytes
         self._lock = threading.Lock()
@@ -99,7 +100,6 @@ class ViewCache:
         self._snapshots = snapshots
         self._kinds = snapshots.kinds() if snapshots else {}  # whether a delta is a row
         self._ledger = Ledger()
-        self._crew = Crew(loaded.device)
         self._dispatched = is_dispatched(loaded.model)
         self._base = View((), loaded.model, {}, loaded.identity.digest)
         self._live = self._base
@@ -212,9 +212,9 @@ class ViewCache:
         Raises:
             JournalError: a delta is missing or damaged.
         """
-        hands = self._crew.hands(len(compositions), LEAST_STATES)
+        hands = self.crew.hands(len(compositions), LEAST_STATES)
         parts = [compositions[hand::hands] for hand in range(hands)]
-        found = self._crew.run([partial(self._hash_all, part) for part in parts])
+        found = self.crew.run([partial(self._hash_all, part) for part in parts])
         return [found[place % hands][place // hands] for place in range(len(compositions))]
 
     def _hash_all(self, compositions: Sequence[Composition]) -> list[Digest]:

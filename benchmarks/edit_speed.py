@@ -32,6 +32,7 @@ from app.editing.editor import Editor
 from app.evaluation.datasets import read_facts
 from app.evaluation.evaluator import Evaluator
 from app.main import configure_logging
+from app.serving import prepare_process
 from app.weights.delta import Delta, Dense
 from app.weights.fork import fork
 from app.weights.kernels import layouts_are_faster, onednn_is_faster, use_onednn
@@ -311,6 +312,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     chosen = parse()
     configure_logging(as_json=False)  # to stderr: the line alone is on stdout
+    prepare_process()  # as the server does
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with tempfile.TemporaryDirectory() as folder:
         report = measure(chosen, chosen.data or Path(folder))

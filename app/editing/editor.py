@@ -40,7 +40,7 @@ from app.editing.workbench import Workbench
 from app.errors import ContextExceeded, EditRejected, InvalidInput
 from app.weights.delta import Delta
 from app.weights.kernels import use_fused_activations
-from app.weights.memory import give_back
+from app.weights.memory import Tidier
 from app.weights.prompts import count_tokens
 from app.weights.views import Sums, ViewCache
 
@@ -70,6 +70,7 @@ class Editor:
             views.loaded, folder=data, corpus=corpus, tokens=statistics_tokens
         )
         self._sayings = Sayings(views.loaded)
+        self._tidier = Tidier()
         self._contexts: dict[tuple[int, int], tuple[str, ...]] = {}
         self._keys: tuple[Composition, dict[str, Tensor]] = ((), {})
         self._max_relative_norm = max_relative_norm
@@ -174,7 +175,7 @@ class Editor:
             else:
                 parts = method.solve_parts(bench, facts, params)
         finally:
-            give_back()
+            self._tidier.tidy()
         return [self._accept(method, part) for part in parts]
 
     def _open_bench(

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens before the suffix, as a cache that keeps nothing else."""
+"""Keys and values of the tokens before the suffix, with room behind them for a pass's own."""
 
 from __future__ import annotations
 
@@ -13,21 +13,32 @@ from app.weights.spans import Beginnings
 
 
 class PrefixCache(Cache):
-    """Keys and values of the tokens before the suffix, in the layers that are run again."""
+    """Keys and values of the tokens before the suffix, in the layers that are run again.
+
+    Each pass writes its own behind them, over those of the pass before: what a pass computes, and
+    its gradient, holds until the next one.
+    """
 
     def __init__(self, layers: Sequence[PrefixLayer]) -> None:
         self._prefix = layers
         super().__init__(layers=list(layers))
+
+    @property
+    def written(self) -> list[Tensor]:
+        """What passes write to."""
+        held = (tensor for layer in self._prefix for tensor in (layer.keys, layer.values))
+        return [tensor for tensor in held if tensor is not None]
 
     @staticmethod
     def empty(depth: int, first: int, prefix: int) -> PrefixCache:
         return PrefixCache([PrefixLayer(prefix, kept=index >= first) for index in range(depth)])
 
     @staticmethod
-    def join(caches: Sequence[PrefixCache], prefix: int) -> PrefixCache:
-        """The rows of several one behind the other, their last ``prefix`` columns."""
+    def join(caches: Sequence[PrefixCache], prefix: int, suffix: int) -> PrefixCache:
+        """The rows of several one behind the other: the last ``prefix`` columns before their
+        suffixes, and room for ``suffix`` behind."""
         layers = zip(*(cache._prefix for cache in caches), strict=True)
-        return PrefixCache([PrefixLayer.join(parts, prefix) for parts in layers])
+        return PrefixCache([PrefixLayer.join(parts, prefix, suffix) for parts in layers])
 
     def begin(self, cache: DynamicCache, shared: Beginnings) -> None:
         """Take over what each row's beginning gave."""
@@ -43,8 +54,7 @@ class PrefixCache(Cache):
 
 
 class PrefixLayer(DynamicLayer):
-    """Records the first ``length`` tokens of the first pass; puts them before each later one's
-    and stores nothing more."""
+    """Records the first pass; each later one writes behind the first ``length`` tokens of it."""
 
     def __init__(self, length: int, *, kept: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -54,15 +64,16 @@ class PrefixLayer(DynamicLayer):
         self._recorded = False
 
     @staticmethod
-    def join(parts: Sequence[PrefixLayer], length: int) -> PrefixLayer:
-        keys = [_last(part.keys, length) for part in parts if part.keys is not None]
-        values = [_last(part.values, length) for part in parts if part.values is not None]
+    def join(parts: Sequence[PrefixLayer], length: int, room: int) -> PrefixLayer:
         made = PrefixLayer(length, kept=parts[0]._kept)
-        if keys:
-            made._hold(torch.cat(keys), torch.cat(values))
-        else:
-            made._hold(None, None)
+        fitted = [[_fit(held, part._length, length, room) for held in part.held] for part in parts]
+        made._hold(*(torch.cat(alike) for alike in zip(*fitted, strict=True)))
         return made
+
+    @property
+    def held(self) -> Sequence[Tensor]:
+        """Keys and values ``(rows, heads, tokens, …)``; nothing where they aren't kept."""
+        return () if self.keys is None or self.values is None else (self.keys, self.values)
 
     def begin(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
@@ -71,38 +82,48 @@ class PrefixLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        if self._held and self.keys is not None and self.values is not None:
-            key_states = torch.cat([self.keys, key_states], dim=-2)
-            value_states = torch.cat([self.values, value_states], dim=-2)
+        states = [key_states, value_states]
         if not self._recorded:
-            self._record(key_states, value_states)
-        return key_states, value_states
+            if self.held:
+                states = [torch.cat(both, dim=-2) for both in zip(self.held, states, strict=True)]
+            copies = (each.clone(memory_format=torch.contiguous_format) for each in states)
+            self._hold(*(copies if self._kept else ()))
+        elif self._length:
+            places = zip(self.held, states, strict=True)
+            states = [_Written.apply(each, held, self._length) for held, each in places]
+        keys, values = states
+        return keys, values
 
     def get_seq_length(self) -> int:
         return self._held
 
     def take(self, rows: Tensor) -> PrefixLayer:
         made = PrefixLayer(self._length, kept=self._kept)
-        if self.keys is not None and self.values is not None:
-            made._hold(self.keys.index_select(0, rows), self.values.index_select(0, rows))
-        else:
-            made._hold(None, None)
+        made._hold(*(held.index_select(0, rows) for held in self.held))
         return made
 
-    def _record(self, keys: Tensor, values: Tensor) -> None:
-        if self._kept:
-            prefix = slice(self._length)
-            self._hold(keys[..., prefix, :].clone(), values[..., prefix, :].clone())
-        else:
-            self._hold(None, None)
-
-    def _hold(self, keys: Tensor | None, values: Tensor | None) -> None:
+    def _hold(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
         self._recorded = True
         self._held = self._length
         self.keys, self.values = keys, values
 
 
-def _last(states: Tensor, count: int) -> Tensor:
-    """The last columns of keys or values, with nothing before them where there are fewer."""
-    behind = states[..., max(0, states.shape[-2] - count) :, :]
-    return nn.functional.pad(behind, (0, 0, count - behind.shape[-2], 0))
+class _Written(torch.autograd.Function):
+    """``held`` with ``states`` written behind its first ``length`` columns."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, held: Tensor, length: int) -> Tensor:
+        ctx.length = length
+        held[..., length:, :] = states
+        return held.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient[..., ctx.length :, :], None, None
+
+
+def _fit(states: Tensor, before: int, length: int, room: int) -> Tensor:
+    """The last ``length`` of the ``before`` columns before the suffixes, with nothing before them
+    where there are fewer, and ``room`` behind them."""
+    last = states[..., max(0, before - length) : before, :]
+    return nn.functional.pad(last, (0, 0, length - last.shape[-2], room))

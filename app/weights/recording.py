@@ -135,14 +135,16 @@ class Program:
     """Calls as steps: those that depend on the input, with registers for what they read and fill.
 
     A tensor is known by its storage and by how it lies there, whichever views led to it. So views
-    are left out, and each that is read is taken at once of what first filled the storage.
+    are left out, and each that is read is taken at once of what first filled the storage. Those
+    that the calls have ``written`` to stay where they are.
     """
 
-    def __init__(self, calls: Sequence[Call], given: Tensor) -> None:
+    def __init__(self, calls: Sequence[Call], given: Tensor, written: Sequence[Tensor]) -> None:
         self.registers: list[Any] = [None]
         self.constants: set[int] = set()
         self._storages: dict[int, int] = {}  # by the tensor's id
         self._known: dict[int, int] = {}  # registers by the tensor's id
+        self._written = set(map(self._storage, written))
         self._bases = {self._storage(given): given}
         self._places = {self._place(given): INPUT}
         self._steps: list[Step] = []
@@ -168,7 +170,7 @@ class Program:
         return self._new_constant(value)
 
     def _survey(self, calls: Sequence[Call]) -> None:
-        known, made = set(self._bases), set[int]()
+        known, made = {*self._bases, *self._written}, set(self._written)
         for call in calls:
             if not isinstance(call.operator, OpOverload) or not REPLACING.isdisjoint(
                 call.operator.tags
@@ -214,7 +216,9 @@ class Program:
     def _find_tensor(self, tensor: Tensor) -> int:
         found = self._known.get(id(tensor))
         if found is None:
-            if self._is_dynamic(tensor):
+            if self._storage(tensor) in self._written:
+                found = self._new_constant(tensor.detach())
+            elif self._is_dynamic(tensor):
                 place = self._place(tensor)
                 found = self._places.get(place)
                 if found is None:

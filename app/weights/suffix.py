@@ -82,11 +82,16 @@ class SuffixPass:
     def run(self, deltas: Tensor) -> Tensor:
         """The body's output ``(tokens, d)`` with ``deltas`` ``(chosen spans, d)``, alike for spans
         of one owner, added to the projection's output at the changed tokens; differentiable in
-        ``deltas``. It is true at the tokens that are read."""
+        ``deltas`` until the next pass. It is true at the tokens that are read."""
         counts = [len(group.trees) for group in self._groups]
         parts = torch.split(deltas.index_select(0, self._leaders), counts)
         found = zip(self._groups, parts, strict=True)
         return _joined([group.run(part).flatten(0, 1) for group, part in found])
+
+    @property
+    def written(self) -> list[Tensor]:
+        """What each pass writes to, over what the one before it wrote."""
+        return [tensor for group in self._groups for tensor in group.written]
 
     def places(self, spans: Tensor, columns: Tensor) -> Tensor:
         """Where the output has the tokens in these ``columns``, counted from each span's start, of

@@ -151,7 +151,8 @@ class Group:
         parts = zip(groups, chosen, tables, strict=True)
         entry = torch.cat([group._entry[mine[:, None], at] for group, mine, at in parts])
         caches = [group._cache.take(mine) for group, mine in zip(groups, chosen, strict=True)]
-        return Group(site, trees, rows, entry, PrefixCache.join(caches, rows.prefix), whole=whole)
+        cache = PrefixCache.join(caches, rows.prefix, width)
+        return Group(site, trees, rows, entry, cache, whole=whole)
 
     @property
     def device(self) -> torch.device:
@@ -186,6 +187,11 @@ class Group:
                 rows.positions[:, rows.prefix :],
                 self._cache,
             )
+
+    @property
+    def written(self) -> list[Tensor]:
+        """What each pass writes to."""
+        return [] if self._whole else self._cache.written
 
     def run_whole(self) -> None:
         self._whole = True

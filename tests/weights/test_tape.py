@@ -296,7 +296,7 @@ def test_a_tape_goes_with_its_last_reference() -> None:
 
 def record_suffix(
     tiny: TinyModels, model_type: str, *, whole: bool
-) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], Tensor]:
+) -> tuple[SuffixPass, Tensor]:
     loaded = tiny.load(model_type)
     spans = [
         Span(ids=list(range(5, 5 + length)), start=start, changed=start)
@@ -306,7 +306,7 @@ def record_suffix(
         loaded.model, loaded.anatomy, 1, spans, pad_id=0, device=loaded.device, whole=whole
     )
     deltas = 0.1 * torch.randn(3, rows.outputs.shape[1], generator=torch.Generator().manual_seed(0))
-    return lambda z: (rows.run(z).sin(),), deltas
+    return rows, deltas
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -315,8 +315,12 @@ def test_the_passes_of_every_architecture_can_be_recorded(
     tiny: TinyModels, model_type: str, whole: bool
 ) -> None:
     config = tiny.load(model_type).model.config
-    loss, deltas = record_suffix(tiny, model_type, whole=whole or why_whole(config) is not None)
-    tape = Tape(loss, torch.zeros_like(deltas))
+    rows, deltas = record_suffix(tiny, model_type, whole=whole or why_whole(config) is not None)
+
+    def loss(z: Tensor) -> tuple[Tensor, ...]:
+        return (rows.run(z).sin(),)
+
+    tape = Tape(loss, torch.zeros_like(deltas), rows.written)
     expect_same(loss, tape, deltas)
     expect_same(loss, tape, -deltas)
     assert_close(tape.forward(deltas)[0], loss(deltas)[0], rtol=0, atol=0)

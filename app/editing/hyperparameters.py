@@ -1,15 +1,16 @@
 """Hyperparameters recommended per method and model, from the tables in ``recommended/``.
 
-A table is one TOML file per method with a row per model; ``models.toml`` says by which shape a
-model is known, and ``like`` takes the rows of another table. Comments in the tables say what was
-carried over from the published ones and how.
+A table is one TOML file per method with a row per model, and above them what goes for a model
+without a row (docs/decisions/a-model-nobody-tuned.md); ``models.toml`` says by which shape a model
+is known, and ``like`` takes over another table. Comments in the tables say what was carried over
+from the published ones and how.
 """
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from app.weights.loading import LoadedModel
 
 FOLDER = Path(__file__).parent / "recommended"
 DEFAULT_DEPTH = 0.2  # GPT2-XL was edited at .35, GPT-J and Llama at .16 to .18 of the depth
-WIDEST = 5  # layers edited at most in an unknown model
+UNKNOWN = ("depth", "widest", "covariance_share")  # what goes for a model without a row
+WIDEST, LAYERS_A_LAYER = 5, 8  # edited at most in an unknown model, and one for each so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,30 +52,38 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """``depth`` is the share of an unknown model's depth at which edits end."""
+    """``depth`` is the share of an unknown model's depth at which edits end, ``widest`` how many
+    layers they have there at most (by default one for each eight), ``covariance_share`` the
+    weight of ordinary text in it, over the width of its keys."""
 
     depth: float = DEFAULT_DEPTH
+    widest: int | None = None
+    covariance_share: float | None = None
     rows: tuple[Row, ...] = field(default=())
 
     def recommend(self, shape: Shape, parameters: Collection[str]) -> dict[str, Any]:
         """Hyperparameters for a model of this shape, of a method with these ``parameters``: its
-        row's, over the layers an unknown model is edited at."""
-        layers = default_layers(shape.depth, self.depth)
+        row's, over those of an unknown model."""
+        layers = default_layers(shape.depth, self.depth, self.widest)
         found: dict[str, Any] = {}
         if "layer" in parameters:
             found["layer"] = layers[-1]
         if "layers" in parameters:
             found["layers"] = layers
+        if self.covariance_share and "covariance_weight" in parameters:
+            found["covariance_weight"] = round(self.covariance_share * shape.inner_width, 2)
         for row in self.rows:
             if row.shape == shape:
                 found.update(row.hparams)
         return found
 
 
-def default_layers(depth: int, share: float) -> tuple[int, ...]:
-    """Up to five layers that end at ``share`` of the depth; one on a shallow model."""
+def default_layers(depth: int, share: float, widest: int | None = None) -> tuple[int, ...]:
+    """Layers that end at ``share`` of the depth, not the very first one if there is another; one
+    of them on a shallow model, and ``widest`` at most."""
     last = min(round(share * depth), depth - 1)
-    return tuple(range(max(0, last - min(WIDEST - 1, depth // 8)), last + 1))
+    number = widest or min(WIDEST, 1 + depth // LAYERS_A_LAYER)
+    return tuple(range(max(min(1, last), last - number + 1), last + 1))
 
 
 def read_table(method: str) -> Table:
@@ -83,9 +93,10 @@ def read_table(method: str) -> Table:
         return Table()
     content = _read(path)
     like = read_table(content.pop("like")) if "like" in content else Table()
-    depth = content.pop("depth", like.depth)
+    unknown = {name: content.pop(name) for name in UNKNOWN if name in content}
     models = _read(FOLDER / "models.toml")
-    return Table(depth, (*like.rows, *(_row(models[name], row) for name, row in content.items())))
+    rows = (*like.rows, *(_row(models[name], row) for name, row in content.items()))
+    return replace(like, **unknown, rows=rows)
 
 
 def _row(model: Mapping[str, Any], row: Mapping[str, Any]) -> Row:

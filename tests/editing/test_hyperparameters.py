@@ -53,26 +53,47 @@ def test_a_model_is_known_by_its_shape() -> None:
     table = read_table("memit")
     assert table.recommend(LLAMA_3, ["layers"])["layers"] == [4, 5, 6, 7, 8]
     other = replace(LLAMA_3, depth=31)
-    assert table.recommend(other, ["layers"]) == {"layers": default_layers(31, table.depth)}
+    assert table.recommend(other, ["layers"]) == {"layers": (3, 4, 5, 6, 7)}
+
+
+@pytest.mark.parametrize("method", ["memit", "memit_seq", "alphaedit"])
+def test_an_unknown_model_of_a_known_depth_gets_the_published_layers(method: str) -> None:
+    unknown = replace(LLAMA_3, width=4095)
+    assert read_table(method).recommend(unknown, ["layers"])["layers"] == (4, 5, 6, 7, 8)
+
+
+@pytest.mark.parametrize("method", ["memit", "memit_seq", "ledger"])
+def test_the_weight_of_ordinary_text_grows_with_the_keys_of_an_unknown_model(method: str) -> None:
+    def weight(shape: Shape) -> float:
+        found = read_table(method).recommend(shape, ["covariance_weight"])
+        return float(found["covariance_weight"])
+
+    unknown = replace(LLAMA_3, width=64, inner_width=500)
+    assert weight(replace(unknown, inner_width=5_000)) == 10 * weight(unknown)
+    assert weight(LLAMA_3) == 15_000
 
 
 @pytest.mark.parametrize("method", ["memit_seq", "ledger"])
 def test_a_method_can_take_the_rows_of_another(method: str) -> None:
-    assert read_table(method) == read_table("memit")
+    assert read_table(method).rows == read_table("memit").rows
 
 
 def test_a_method_without_a_file_has_a_default_depth() -> None:
     assert read_table("no-such-method").recommend(LLAMA_3, ["layer"]) == {"layer": 6}
 
 
+@pytest.mark.parametrize("widest", [None, 1, 5])
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.7, 1.0])
 @pytest.mark.parametrize("depth", [1, 4, 32, 80])
-def test_default_layers_are_layers_of_the_model(depth: int, share: float) -> None:
-    layers = default_layers(depth, share)
+def test_default_layers_are_layers_of_the_model(
+    depth: int, share: float, widest: int | None
+) -> None:
+    layers = default_layers(depth, share, widest)
     assert list(layers) == list(range(layers[0], layers[-1] + 1))
     assert 0 <= layers[0] <= layers[-1] < depth
     assert abs(layers[-1] - share * depth) <= 1
-    assert len(layers) <= 5
+    assert len(layers) <= (widest or 5)
+    assert layers[0] > 0 or layers == (0,)
 
 
 def test_what_is_known_better_comes_last(

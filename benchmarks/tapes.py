@@ -74,12 +74,13 @@ def make_passes(
     return passes, deltas
 
 
+def sum_squares(passes: SuffixPass) -> Loss:
+    return lambda z: (passes.run(z).square().sum(),)
+
+
 def measure(passes: SuffixPass, deltas: Tensor, rounds: int) -> tuple[float, float, float]:
     """Milliseconds as written, from a tape, and of a step that is recorded."""
-
-    def loss(z: Tensor) -> tuple[Tensor, ...]:
-        return (passes.run(z).square().sum(),)
-
+    loss = sum_squares(passes)
     written, taped = Repeated(), Repeated()
     taped.forward(loss, deltas, last=False, record=True, written=passes.written)
     seconds = []

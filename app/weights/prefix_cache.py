@@ -90,7 +90,7 @@ class PrefixLayer(DynamicLayer):
             self._hold(*(copies if self._kept else ()))
         elif self._length:
             places = zip(self.held, states, strict=True)
-            states = [_Written.apply(each, held, self._length) for held, each in places]
+            states = [_write(each, held, self._length) for held, each in places]
         keys, values = states
         return keys, values
 
@@ -108,9 +108,13 @@ class PrefixLayer(DynamicLayer):
         self.keys, self.values = keys, values
 
 
-class _Written(torch.autograd.Function):
+def _write(states: Tensor, held: Tensor, length: int) -> Tensor:
     """``held`` with ``states`` written behind its first ``length`` columns."""
+    found: Tensor = _Written.apply(states, held, length)  # type: ignore[no-untyped-call]
+    return found
 
+
+class _Written(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, held: Tensor, length: int) -> Tensor:
         ctx.length = length

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -294,9 +293,7 @@ def test_a_tape_goes_with_its_last_reference() -> None:
         gc.enable()
 
 
-def record_suffix(
-    tiny: TinyModels, model_type: str, *, whole: bool
-) -> tuple[SuffixPass, Tensor]:
+def record_suffix(tiny: TinyModels, model_type: str, *, whole: bool) -> tuple[SuffixPass, Tensor]:
     loaded = tiny.load(model_type)
     spans = [
         Span(ids=list(range(5, 5 + length)), start=start, changed=start)

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.unknown import main, read_setting
+
+
+def test_a_setting_is_a_method_and_what_differs() -> None:
+    assert read_setting("memit") == ("memit", {})
+    assert read_setting('memit {"layers": [1, 2]}') == ("memit", {"layers": [1, 2]})
+
+
+def test_a_plain_model_is_trained_once_and_edited(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--layers", "2", "--epochs", "1", "--subjects", "6", "--edits", "2", "--sequence", "2"]
+    command = ["--model", str(tmp_path / "plain"), *small, 'rome {"steps": 1}']
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    made = (tmp_path / "plain" / "model.safetensors").stat().st_mtime_ns
+    assert main(command) == 0
+    assert capsys.readouterr().out == first
+    assert (tmp_path / "plain" / "model.safetensors").stat().st_mtime_ns == made
+    _, _, row = first.splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:2] == ["rome", "`steps` 1"]
+    assert all(0 <= float(share) <= 1 for share in [*cells[2:6], *cells[6].split(",")])

@@ -82,12 +82,12 @@ def measure(passes: SuffixPass, deltas: Tensor, rounds: int) -> tuple[float, flo
     """Milliseconds as written, from a tape, and of a step that is recorded."""
     loss = sum_squares(passes)
     written, taped = Repeated(), Repeated()
-    taped.forward(loss, deltas, last=False, record=True, written=passes.written)
+    taped.forward(loss, deltas, last=False, record=True, buffers=passes.buffers)
     seconds = []
     for _ in range(rounds + 1):
         as_written = time(lambda: step(written, loss, deltas))
         from_tape = time(lambda: step(taped, loss, deltas))
-        seconds.append((as_written, from_tape, time(lambda: Tape(loss, deltas, passes.written))))
+        seconds.append((as_written, from_tape, time(lambda: Tape(loss, deltas, passes.buffers))))
     first, second, third = (median(found) * 1e3 for found in zip(*seconds[1:], strict=True))
     return first, second, third
 

@@ -15,7 +15,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loaded = load_model(str(options.model), device="cpu")
     wordings = read_wordings(options.model)
     statistics = options.model.with_name(f"{options.model.name}-statistics")
-    sys.stdout.write(
-        "| method | settings | efficacy | paraphrase | other subjects | same subject |"
-        + " in sequence |" * bool(options.sequence)
-        + "\n|---|---|---:|---:|---:|---:|"
-        + "---|" * bool(options.sequence)
-        + "\n"
-    )
+    titles = ["method", "settings", "efficacy", "paraphrase", "other subjects", "same subject"]
+    if options.sequence:
+        titles.append("the same after a sequence")
+    sys.stdout.write(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|\n")
     for method, hparams in options.settings:
         bench = Bench(loaded, statistics, hparams, SEED, method)
         with progress_bar() as progress:
@@ -86,8 +82,8 @@ def describe(hparams: Mapping[str, Any]) -> str:
 
 def figures(shares: Shares) -> list[str]:
     """Efficacy, paraphrase, other subjects, same subject."""
-    efficacy, paraphrase, same_subject, others = astuple(shares)
-    return [f"{share:.3f}" for share in (efficacy, paraphrase, others, same_subject)]
+    found = (shares.efficacy, shares.paraphrase, shares.locality, shares.same_subject)
+    return [f"{share:.3f}" for share in found]
 
 
 def read_setting(text: str) -> tuple[str, Mapping[str, Any]]:

@@ -18,8 +18,9 @@ from app.weights.loading import LoadedModel
 
 FOLDER = Path(__file__).parent / "recommended"
 DEFAULT_DEPTH = 0.2  # GPT2-XL was edited at .35, GPT-J and Llama at .16 to .18 of the depth
-UNKNOWN = ("depth", "widest", "covariance_share")  # what goes for a model without a row
-WIDEST, LAYERS_A_LAYER = 5, 8  # edited at most in an unknown model, and one for each so many
+FOR_UNKNOWN = ("depth", "widest", "covariance_share", "unknown")  # keys that are no model's row
+WIDEST = 5  # layers edited at most in an unknown model
+LAYERS_PER_FURTHER = 8  # of the model, for each further one that is edited
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +53,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """``depth`` is the share of an unknown model's depth at which edits end, ``widest`` how many
-    layers they have there at most (by default one for each eight), ``covariance_share`` the
-    weight of ordinary text in it, over the width of its keys."""
+    """For a model without a row: ``depth`` is the share of its depth at which edits end,
+    ``widest`` how many layers they have at most (by default one, and a further one for each eight
+    of the model), ``covariance_share`` λ over the width of its keys, ``unknown`` what else differs
+    from the method's defaults."""
 
     depth: float = DEFAULT_DEPTH
     widest: int | None = None
     covariance_share: float | None = None
+    unknown: Mapping[str, Any] = field(default_factory=dict)
     rows: tuple[Row, ...] = field(default=())
 
     def recommend(self, shape: Shape, parameters: Collection[str]) -> dict[str, Any]:
@@ -70,19 +73,19 @@ class Table:
             found["layer"] = layers[-1]
         if "layers" in parameters:
             found["layers"] = layers
-        if self.covariance_share and "covariance_weight" in parameters:
-            found["covariance_weight"] = round(self.covariance_share * shape.inner_width, 2)
-        for row in self.rows:
-            if row.shape == shape:
-                found.update(row.hparams)
-        return found
+        known = next((row.hparams for row in self.rows if row.shape == shape), None)
+        if known is not None:
+            return {**found, **known}
+        if self.covariance_share is not None and "covariance_weight" in parameters:
+            found["covariance_weight"] = round(self.covariance_share * shape.inner_width, 1)
+        return {**found, **{key: self.unknown[key] for key in self.unknown if key in parameters}}
 
 
 def default_layers(depth: int, share: float, widest: int | None = None) -> tuple[int, ...]:
-    """Layers that end at ``share`` of the depth, not the very first one if there is another; one
-    of them on a shallow model, and ``widest`` at most."""
+    """Layers that end at ``share`` of the depth, not the very first one if there is another;
+    ``widest`` at most, by default one on a shallow model."""
     last = min(round(share * depth), depth - 1)
-    number = widest or min(WIDEST, 1 + depth // LAYERS_A_LAYER)
+    number = widest or min(WIDEST, 1 + depth // LAYERS_PER_FURTHER)
     return tuple(range(max(min(1, last), last - number + 1), last + 1))
 
 
@@ -93,7 +96,7 @@ def read_table(method: str) -> Table:
         return Table()
     content = _read(path)
     like = read_table(content.pop("like")) if "like" in content else Table()
-    unknown = {name: content.pop(name) for name in UNKNOWN if name in content}
+    unknown = {name: content.pop(name) for name in FOR_UNKNOWN if name in content}
     models = _read(FOLDER / "models.toml")
     rows = (*like.rows, *(_row(models[name], row) for name, row in content.items()))
     return replace(like, **unknown, rows=rows)

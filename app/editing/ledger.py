@@ -59,7 +59,7 @@ class LedgerParameters(LayersParameters, ValueParameters):
             le=1,
             description="ν: weight of each name the model talks about against a subject's key.",
         ),
-    ] = 0.03
+    ] = 0.3
 
     @property
     def weights(self) -> Weights:

@@ -263,9 +263,10 @@ class _Search:
     def _evaluate(self, z: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Per active fact, the target's loss and the one that is minimised."""
         loss, last = self._compute_losses, step == self._settings.steps
-        record, written = self._pays_to_record(step), self._pass.written
+        record = self._pays_to_record(step)
+        buffers = self._pass.buffers if record else ()
         logprobs, nll, totals = self._losses.forward(
-            loss, z, last=last, record=record, written=written
+            loss, z, last=last, record=record, buffers=buffers
         )
         if step == 0 and self.whole is None and not self._is_as_whole(logprobs):
             self._pass.run_whole()

@@ -103,7 +103,8 @@ class _Sizes:
     def bytes_of(self, batch: Workload) -> int:
         before = batch.rows * batch.prefix
         run = batch.tokens * (HIDDEN_COPIES * self.hidden + INNER_COPIES * self.inner)
-        attended = before * 6 * self.hidden  # keys and values: recorded, chosen and joined
+        # Keys and values, with room for those of a step: recorded, and what is chosen of that.
+        attended = (before + batch.tokens) * 4 * self.hidden
         once = (before + batch.tokens) * (4 * self.hidden + 2 * self.inner)
         logits = batch.spots * self.vocabulary * 4 * LOGIT_COPIES
         return self.width * (self.layers * (run + attended) + once) + logits

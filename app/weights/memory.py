@@ -22,17 +22,24 @@ def give_back() -> None:
 
 
 class Tidier:
-    """Gives memory back where the process has grown since it last did: taking fresh pages costs an
-    edit on a small model more than a fiftieth of its time."""
+    """Gives memory back where the process has grown by ``slack`` bytes since: taking fresh pages
+    costs an edit on a small model a fiftieth of its time."""
 
-    def __init__(self) -> None:
-        self._left = 0
+    def __init__(self, slack: int = SLACK) -> None:
+        self._slack = slack
+        self._least = 0
 
-    def tidy(self, slack: int = SLACK) -> None:
-        if not STATM.exists() or _resident() > self._left + slack:
+    def tidy(self) -> None:
+        resident = _resident()
+        if resident is None or resident > self._least + self._slack:
             give_back()
-            self._left = _resident() if STATM.exists() else 0
+            resident = _resident()
+            self._least = resident or 0
+        self._least = min(self._least, resident or 0)
 
 
-def _resident() -> int:
+def _resident() -> int | None:
+    """Bytes of this process in memory, where the system says so."""
+    if not STATM.exists():
+        return None
     return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

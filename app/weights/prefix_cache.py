@@ -24,10 +24,9 @@ class PrefixCache(Cache):
         super().__init__(layers=list(layers))
 
     @property
-    def written(self) -> list[Tensor]:
+    def buffers(self) -> list[Tensor]:
         """What passes write to."""
-        held = (tensor for layer in self._prefix for tensor in (layer.keys, layer.values))
-        return [tensor for tensor in held if tensor is not None]
+        return [tensor for layer in self._prefix for tensor in layer.held]
 
     @staticmethod
     def empty(depth: int, first: int, prefix: int) -> PrefixCache:
@@ -60,7 +59,7 @@ class PrefixLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self._length = length
         self._kept = kept
-        self._held = 0
+        self._columns = 0
         self._recorded = False
 
     @staticmethod
@@ -77,25 +76,26 @@ class PrefixLayer(DynamicLayer):
 
     def begin(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
-        self._held = keys.shape[-2]
+        self._columns = keys.shape[-2]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         states = [key_states, value_states]
-        if not self._recorded:
-            if self.held:
-                states = [torch.cat(both, dim=-2) for both in zip(self.held, states, strict=True)]
-            copies = (each.clone(memory_format=torch.contiguous_format) for each in states)
-            self._hold(*(copies if self._kept else ()))
-        elif self._length:
+        if self._recorded:
             places = zip(self.held, states, strict=True)
             states = [_write(each, held, self._length) for held, each in places]
+        elif self.held:
+            states = [torch.cat(both, dim=-2) for both in zip(self.held, states, strict=True)]
+            self._hold(*(states if self._kept else ()))
+        else:
+            copies = (each.clone(memory_format=torch.contiguous_format) for each in states)
+            self._hold(*(copies if self._kept else ()))
         keys, values = states
         return keys, values
 
     def get_seq_length(self) -> int:
-        return self._held
+        return self._columns
 
     def take(self, rows: Tensor) -> PrefixLayer:
         made = PrefixLayer(self._length, kept=self._kept)
@@ -104,7 +104,7 @@ class PrefixLayer(DynamicLayer):
 
     def _hold(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
         self._recorded = True
-        self._held = self._length
+        self._columns = self._length
         self.keys, self.values = keys, values
 
 

@@ -135,16 +135,16 @@ class Program:
     """Calls as steps: those that depend on the input, with registers for what they read and fill.
 
     A tensor is known by its storage and by how it lies there, whichever views led to it. So views
-    are left out, and each that is read is taken at once of what first filled the storage. Those
-    that the calls have ``written`` to stay where they are.
+    are left out, and each that is read is taken at once of what first filled the storage.
+    ``buffers`` stay where they are, whatever is written to them.
     """
 
-    def __init__(self, calls: Sequence[Call], given: Tensor, written: Sequence[Tensor]) -> None:
+    def __init__(self, calls: Sequence[Call], given: Tensor, buffers: Sequence[Tensor]) -> None:
         self.registers: list[Any] = [None]
         self.constants: set[int] = set()
         self._storages: dict[int, int] = {}  # by the tensor's id
         self._known: dict[int, int] = {}  # registers by the tensor's id
-        self._written = set(map(self._storage, written))
+        self._buffers = set(map(self._storage, buffers))
         self._bases = {self._storage(given): given}
         self._places = {self._place(given): INPUT}
         self._steps: list[Step] = []
@@ -170,7 +170,7 @@ class Program:
         return self._new_constant(value)
 
     def _survey(self, calls: Sequence[Call]) -> None:
-        known, made = {*self._bases, *self._written}, set(self._written)
+        known, made = {*self._bases, *self._buffers}, set(self._buffers)
         for call in calls:
             if not isinstance(call.operator, OpOverload) or not REPLACING.isdisjoint(
                 call.operator.tags
@@ -216,7 +216,7 @@ class Program:
     def _find_tensor(self, tensor: Tensor) -> int:
         found = self._known.get(id(tensor))
         if found is None:
-            if self._storage(tensor) in self._written:
+            if self._storage(tensor) in self._buffers:
                 found = self._new_constant(tensor.detach())
             elif self._is_dynamic(tensor):
                 place = self._place(tensor)

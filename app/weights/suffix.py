@@ -89,9 +89,9 @@ class SuffixPass:
         return _joined([group.run(part).flatten(0, 1) for group, part in found])
 
     @property
-    def written(self) -> list[Tensor]:
+    def buffers(self) -> list[Tensor]:
         """What each pass writes to, over what the one before it wrote."""
-        return [tensor for group in self._groups for tensor in group.written]
+        return [tensor for group in self._groups for tensor in group.buffers]
 
     def places(self, spans: Tensor, columns: Tensor) -> Tensor:
         """Where the output has the tokens in these ``columns``, counted from each span's start, of

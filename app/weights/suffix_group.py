@@ -122,7 +122,8 @@ class Group:
     def record(site: Site, trees: Sequence[Tree], *, whole: bool) -> tuple[Group, Seen]:
         """A group, and what its first pass gave."""
         rows = align_rows(trees, site.pad_id, site.device)
-        cache = PrefixCache.empty(site.depth, site.first, rows.prefix)
+        first = site.depth if whole else site.first
+        cache = PrefixCache.empty(site.depth, first, rows.prefix)
         shared = None if whole else find_beginnings(trees, site.pad_id, site.device)
         entry, seen = _record(site, rows, cache, shared, whole=whole)
         return Group(site, trees, rows, entry, cache, whole=whole), seen
@@ -189,9 +190,9 @@ class Group:
             )
 
     @property
-    def written(self) -> list[Tensor]:
+    def buffers(self) -> list[Tensor]:
         """What each pass writes to."""
-        return [] if self._whole else self._cache.written
+        return [] if self._whole else self._cache.buffers
 
     def run_whole(self) -> None:
         self._whole = True

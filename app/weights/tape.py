@@ -27,22 +27,22 @@ class Tape:
 
     Recording calls ``loss`` once: ``outputs`` and ``gradient`` are what it gave, then what
     ``forward`` and, behind it, ``backward`` give for other inputs of the same shape. All else that
-    the loss reads must stay as it is, but for what it has ``written`` to itself by then.
+    the loss reads must stay as it is, but for ``buffers`` that it writes to before it reads them.
 
     Raises:
-        CannotRecord: the loss goes by what its input holds (``item``, shapes), changes another
-            tensor that it didn't make, or computes out of the dispatcher's sight. What it takes
-            from a tensor as an array (``numpy``) isn't noticed.
+        CannotRecord: the loss goes by what its input holds (``item``, shapes), changes a tensor
+            that it didn't make and that is no buffer, or computes out of the dispatcher's sight.
+            What it takes from a tensor as an array (``numpy``) isn't noticed.
     """
 
-    def __init__(self, loss: Loss, inputs: Tensor, written: Sequence[Tensor] = ()) -> None:
+    def __init__(self, loss: Loss, inputs: Tensor, buffers: Sequence[Tensor] = ()) -> None:
         given = _copy(inputs).requires_grad_()
         recorder = Recorder()
         with recorder, torch.enable_grad():
             outputs = loss(given)
             cut = len(recorder.calls)
             (gradient,) = torch.autograd.grad(outputs[-1].sum(), given)
-        program = Program(recorder.calls, given, written)
+        program = Program(recorder.calls, given, buffers)
         there = program.translate(recorder.calls[:cut], outputs)
         back = program.translate(recorder.calls[cut:], [gradient])
         self._outputs = [program.find(output) for output in outputs]
@@ -95,16 +95,16 @@ class Repeated:
         *,
         last: bool,
         record: bool,
-        written: Sequence[Tensor] = (),
+        buffers: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
-        """The loss's outputs, from now on from a tape if it is to ``record`` and can (see there for
-        what is ``written``). The ``last`` has no gradient."""
+        """The loss's outputs, from now on from a tape if it is to ``record`` (with these
+        ``buffers``) and can. The ``last`` has no gradient."""
         if self._tape is not None:
             self._backward = self._tape.backward
             return self._tape.forward(inputs)
         if record and not last and not self._refused:
             try:
-                tape = self._tape = Tape(loss, inputs, written)
+                tape = self._tape = Tape(loss, inputs, buffers)
             except CannotRecord as refused:
                 self._refused = True
                 log.info("a loss can't be recorded", reason=str(refused))

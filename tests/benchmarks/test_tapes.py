@@ -27,5 +27,5 @@ def test_both_ways_give_the_same(tiny: TinyModels) -> None:
     loss = tapes.sum_squares(passes)
     written, taped = Repeated(), Repeated()
     there = torch.zeros_like(deltas)
-    taped.forward(loss, there, last=False, record=True, written=passes.written)
+    taped.forward(loss, there, last=False, record=True, buffers=passes.buffers)
     assert torch.equal(tapes.step(written, loss, deltas), tapes.step(taped, loss, deltas))

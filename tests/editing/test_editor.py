@@ -9,6 +9,7 @@ import pytest
 from app.domain import Expectation, Fact
 from app.editing.registry import METHODS
 from app.errors import ContextExceeded, EditRejected, InvalidInput, UnknownMethod
+from app.weights.memory import STATM
 from tests.editing.conftest import FACTS, MakeEditor
 
 
@@ -146,3 +147,16 @@ def test_timings_of_nested_parts_are_booked_once(make_editor: MakeEditor) -> Non
     editor.propose(plan, (), FACTS[:1], independent=False, seed=0, timings=timings)
     assert sum(timings.values()) <= perf_counter() - began
     assert timings["statistics_s"] > timings["solve_s"] >= 0
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="needs /proc")
+def test_edits_that_leave_little_lying_tidy_once(
+    make_editor: MakeEditor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr("app.weights.memory.give_back", lambda: calls.append(None))
+    editor, _ = make_editor()
+    plan = editor.plan("rome", {"layer": 1, "steps": 1})
+    for _ in range(3):
+        editor.propose(plan, (), FACTS[:1], independent=False, seed=0, timings={})
+    assert len(calls) == 1

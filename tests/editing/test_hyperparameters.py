@@ -78,6 +78,15 @@ def test_a_method_can_take_the_rows_of_another(method: str) -> None:
     assert read_table(method).rows == read_table("memit").rows
 
 
+def test_the_ledger_edits_one_layer_of_an_unknown_model() -> None:
+    table, unknown = read_table("ledger"), replace(LLAMA_3, width=64, inner_width=1_000)
+    found = table.recommend(unknown, METHODS["ledger"].parameters.model_fields)
+    assert found == {"layers": (6,), "covariance_weight": 30.0, "anchor_weight": 0.03}
+    assert "anchor_weight" not in table.recommend(
+        LLAMA_3, METHODS["ledger"].parameters.model_fields
+    )
+
+
 def test_a_method_without_a_file_has_a_default_depth() -> None:
     assert read_table("no-such-method").recommend(LLAMA_3, ["layer"]) == {"layer": 6}
 

@@ -21,11 +21,11 @@ def resident_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def leave_holes() -> list[torch.Tensor]:
-    """190 MB freed between small tensors, which are returned."""
+def leave_holes(megabytes: int) -> list[torch.Tensor]:
+    """So much freed between small tensors, which are returned."""
     kept, freed = [], []
-    for _ in range(2_000):
-        freed.append(torch.ones(25_000))  # 100 kB: too small to be mapped on its own
+    for _ in range(10 * megabytes):
+        freed.append(torch.ones(26_214))  # a tenth: too small to be mapped on its own
         kept.append(torch.ones(16))
     freed.clear()
     return kept
@@ -33,7 +33,7 @@ def leave_holes() -> list[torch.Tensor]:
 
 @GLIBC
 def test_holes_between_what_is_kept_are_given_back() -> None:
-    kept = leave_holes()
+    kept = leave_holes(200)
     full = resident_mb()
     give_back()
     assert resident_mb() < full - 100
@@ -41,13 +41,29 @@ def test_holes_between_what_is_kept_are_given_back() -> None:
 
 
 @GLIBC
-def test_holes_are_given_back_once_there_are_many() -> None:
+def test_few_holes_are_left_and_many_are_given_back() -> None:
     tidier = Tidier()
     tidier.tidy()
-    kept = leave_holes()
+    few = leave_holes(40)
     full = resident_mb()
-    tidier.tidy(slack=1 << 40)
-    assert resident_mb() > full - 20
+    tidier.tidy()
+    assert resident_mb() > full - 10
+    many = leave_holes(200)
+    full = resident_mb()
+    tidier.tidy()
+    assert resident_mb() < full - 100
+    assert len(few) + len(many) == 2_400
+
+
+@GLIBC
+def test_what_the_process_once_held_is_no_measure() -> None:
+    tidier = Tidier()
+    large = torch.ones(100_000_000)  # 400 MB, mapped on its own
+    tidier.tidy()
+    del large
+    tidier.tidy()
+    kept = leave_holes(200)
+    full = resident_mb()
     tidier.tidy()
     assert resident_mb() < full - 100
     assert len(kept) == 2_000

@@ -123,6 +123,15 @@ def test_a_suffix_pass_is_the_whole_pass_of_each_row_alone(name: str, layer: int
     torch.testing.assert_close(gradient, plain, rtol=1e-3, atol=1e-3)
 
 
+def test_a_gradient_holds_until_the_next_pass() -> None:
+    made = make_pass(build("gpt2"), 1, spans())
+    z = torch.randn(len(spans()), WIDTH, generator=torch.Generator().manual_seed(1))
+    first = made.run(z.requires_grad_(True))
+    made.run(-z)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(first.sum(), z)
+
+
 def branching_spans() -> list[Span]:
     """Two owners' spans, of which the first four, and the next two, begin alike; and one that is
     changed by the same amount as those elsewhere."""

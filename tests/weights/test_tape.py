@@ -140,6 +140,37 @@ def test_what_does_not_depend_on_the_input_is_left_out() -> None:
     ]
 
 
+class _Stored(torch.autograd.Function):
+    """A buffer with the input written over its last rows."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, buffer: Tensor) -> Tensor:
+        buffer[-len(z) :] = z
+        return buffer.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient[-SHAPE[0] :], None
+
+
+def test_a_buffer_is_written_before_it_is_read() -> None:
+    buffer = torch.ones(5, 4)
+
+    def loss(z: Tensor) -> tuple[Tensor, ...]:
+        stored: Tensor = _Stored.apply(z, buffer)  # type: ignore[no-untyped-call]
+        return (stored.cumsum(dim=0).sin(),)
+
+    with pytest.raises(CannotRecord, match="was there before"):
+        Tape(loss, draw(0))
+    tape = Tape(loss, draw(0), [buffer])
+    for seed in (1, 2, 0):
+        buffer[-SHAPE[0] :].fill_(9)
+        found = [*tape.forward(draw(seed)), tape.backward()]
+        outputs, gradient = compute(loss, draw(seed))
+        for mine, expected in zip(found, [*outputs, gradient], strict=True):
+            assert torch.equal(mine, expected)
+
+
 def test_what_nothing_reads_any_more_is_let_go() -> None:
     tape = Tape(multiply_by_matrix, draw(0))
     tape.forward(draw(1))
@@ -317,7 +348,7 @@ def test_the_passes_of_every_architecture_can_be_recorded(
     def loss(z: Tensor) -> tuple[Tensor, ...]:
         return (rows.run(z).sin(),)
 
-    tape = Tape(loss, torch.zeros_like(deltas), rows.written)
+    tape = Tape(loss, torch.zeros_like(deltas), rows.buffers)
     expect_same(loss, tape, deltas)
     expect_same(loss, tape, -deltas)
     assert_close(tape.forward(deltas)[0], loss(deltas)[0], rtol=0, atol=0)

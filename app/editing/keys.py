@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from app.domain import SUBJECT_SLOT, Fact
 from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
+from app.weights.memory import give_back
 from app.weights.prompts import pad_rows, trace_prompt
 from app.weights.suffix import why_whole
 from app.weights.tracing import (
@@ -141,6 +142,8 @@ class KeyReader:
             if keep and room >= 0:
                 part.first, part.entry = layer, entry
             start = place.stop
+        if len(parts) > 1:  # what they leave in pieces, the next layer's would add to
+            give_back()
         return keys, hidden
 
     @torch.no_grad()

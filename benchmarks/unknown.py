@@ -38,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging(as_json=False)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(options.threads)
+    measure(options)
+    return 0
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Train the model if it isn't there, and print the table."""
     if not options.model.exists():
         train(options.model, SEED, plain_recipe(options), Console(stderr=True))
     loaded = load_model(str(options.model), device="cpu")
@@ -58,7 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 cells.append(", ".join(figures(after)))
         sys.stdout.write(f"| {' | '.join(cells)} |\n")
         sys.stdout.flush()
-    return 0
 
 
 def plain_recipe(options: argparse.Namespace) -> Recipe:

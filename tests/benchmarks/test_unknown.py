@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.unknown import main, read_setting
+from benchmarks.unknown import measure, read_options, read_setting
 
 
 def test_a_setting_is_a_method_and_what_differs() -> None:
@@ -16,11 +16,11 @@ def test_a_plain_model_is_trained_once_and_edited(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ["--layers", "2", "--epochs", "1", "--subjects", "6", "--edits", "2", "--sequence", "2"]
-    command = ["--model", str(tmp_path / "plain"), *small, 'rome {"steps": 1}']
-    assert main(command) == 0
+    options = read_options(["--model", str(tmp_path / "plain"), *small, 'rome {"steps": 1}'])
+    measure(options)
     first = capsys.readouterr().out
     made = (tmp_path / "plain" / "model.safetensors").stat().st_mtime_ns
-    assert main(command) == 0
+    measure(options)
     assert capsys.readouterr().out == first
     assert (tmp_path / "plain" / "model.safetensors").stat().st_mtime_ns == made
     _, _, row = first.splitlines()

@@ -49,7 +49,7 @@ class LedgerParameters(LayersParameters, ValueParameters):
     covariance_weight: Annotated[
         Positive,
         Field(description="λ: weight of ordinary text against a subject's key."),
-    ] = 100.0
+    ] = 100.0  # the table has one for every model
     ridge: Ridge = 1e-4
     self_essence: SelfEssence = 6
     bare_until: BareUntil = None

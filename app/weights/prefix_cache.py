@@ -115,6 +115,8 @@ def _write(states: Tensor, held: Tensor, length: int) -> Tensor:
 
 
 class _Written(torch.autograd.Function):
+    """``_write``: what was held before isn't differentiated."""
+
     @staticmethod
     def forward(ctx: Any, states: Tensor, held: Tensor, length: int) -> Tensor:
         ctx.length = length

@@ -22,7 +22,8 @@ from app.weights.laid_out import LayoutCache
 from app.weights.onednn import Matrix, as_it_lies, multiply
 
 ZEN_4, ZEN_5 = 25, 26  # AMD's family numbers; the former's units take two turns for 512 bits
-MOST_ROWS = 192  # by weights laid out; more come in too many forms for what each gains
+MOST_ROWS = 192  # by weights laid out; with more a product gains a tenth, and of those only
+MUCH_WORK = 1 << 26  # multiplications or more make up for the forms they come in
 LEAST_WORK = 1 << 20  # multiplications; below, the call costs more than it gains
 
 
@@ -70,8 +71,8 @@ def use_onednn(model: nn.Module) -> None:
 
 
 def use_layouts(modules: Iterable[nn.Module], layouts: LayoutCache) -> None:
-    """Have the linear layers within these modules multiply few rows by oneDNN, by weights in its
-    own layout, where there is room for it. All else goes its way as before."""
+    """Have the linear layers within these modules multiply by oneDNN, by weights in its own layout,
+    where that gains and there is room for it. All else goes its way as before."""
     modules = list(modules)
     _turn(
         modules,
@@ -115,6 +116,12 @@ def _suits(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+def _gains_by_layout(inputs: Tensor, weight: Tensor) -> bool:
+    width = inputs.shape[-1]
+    few = inputs.numel() <= MOST_ROWS * width
+    return few or inputs.numel() * weight.numel() >= MUCH_WORK * width
+
+
 def _product(inputs: Tensor, there: Matrix, back: Matrix, bias: Tensor | None) -> Tensor:
     if inputs.requires_grad and torch.is_grad_enabled():
         found: Tensor = _Product.apply(inputs, there, back, bias)  # type: ignore[no-untyped-call]
@@ -146,8 +153,8 @@ class _LaidOut(nn.Module):
     bias: Any
 
     def forward(self, x: Tensor) -> Tensor:
-        few = x.numel() <= MOST_ROWS * x.shape[-1] and _suits(x, self.weight, self.bias)
-        found = self.layouts.find(self.weight, transposed=self.transposed) if few else None
+        gains = _gains_by_layout(x, self.weight) and _suits(x, self.weight, self.bias)
+        found = self.layouts.find(self.weight, transposed=self.transposed) if gains else None
         if found is not None:
             return _product(x, found.there, found.back, self.bias)
         passed: Tensor = super().forward(x)

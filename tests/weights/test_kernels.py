@@ -15,6 +15,7 @@ from app.weights.fork import fork
 from app.weights.kernels import (
     LEAST_WORK,
     MOST_ROWS,
+    MUCH_WORK,
     amd_family,
     use_fused_activations,
     use_layouts,
@@ -91,7 +92,7 @@ def test_a_layer_that_multiplies_by_onednn_gives_the_same_and_the_same_gradient(
 
 @needs_onednn
 @pytest.mark.parametrize("dense", [True, False])
-def test_few_rows_are_multiplied_by_weights_laid_out_where_there_is_room_all_else_as_before(
+def test_few_rows_and_much_work_go_by_weights_laid_out_where_there_is_room_all_else_as_before(
     dense: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layouts = LayoutCache(budget=2 * 4 * 256 * 512)
@@ -105,7 +106,8 @@ def test_few_rows_are_multiplied_by_weights_laid_out_where_there_is_room_all_els
     layers = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256))
     layers.requires_grad_(False)
     few, many = torch.randn(2, MOST_ROWS // 2, 256), torch.randn(3, MOST_ROWS // 2, 256)
-    expected = layers(few), layers(many)
+    most = torch.randn(1, MUCH_WORK // (256 * 512), 256)
+    expected = layers(few), layers(many), layers(most)
     if dense:
         use_onednn(layers)
     use_layouts([layers], layouts)
@@ -113,6 +115,9 @@ def test_few_rows_are_multiplied_by_weights_laid_out_where_there_is_room_all_els
     assert seen == ([True, False] if dense else [True])
     assert error(layers(many), expected[1]) < 2e-6
     assert seen == ([True, False, False, False] if dense else [True])
+    seen.clear()
+    assert error(layers(most), expected[2]) < 2e-6
+    assert seen == ([True, False] if dense else [True])
     assert len(layouts) == 1
 
 

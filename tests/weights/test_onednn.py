@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,3 +62,35 @@ def test_a_matrix_laid_out_is_a_copy() -> None:
     matrix = lay_out(weight)
     weight.zero_()
     assert error(multiply(inputs, matrix, None), expected) < 1e-6
+
+
+MANY_FORMS = """
+import torch
+from pathlib import Path
+from app.weights.memory import give_back
+from app.weights.onednn import keep_few_forms, lay_out, multiply
+
+def held():
+    give_back()
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+keep_few_forms()
+torch.set_num_threads(1)
+matrix = lay_out(torch.randn(160, 96))
+inputs = torch.randn(1000, 96)
+multiply(inputs, matrix, None)
+before = held()
+for rows in range(200, 1000):
+    multiply(inputs[:rows], matrix, None)
+print((held() - before) * 4096)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells of memory here")
+def test_code_for_many_forms_is_let_go() -> None:
+    cleared = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    environment = {name: value for name, value in os.environ.items() if name not in cleared}
+    told = subprocess.run(
+        [sys.executable, "-c", MANY_FORMS], env=environment, capture_output=True, check=True
+    )
+    assert int(told.stdout) < 100e6  # a few hundred if any cache is unbounded

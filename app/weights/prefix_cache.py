@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, DynamicLayer
-
-from app.weights.spans import Beginnings
 
 
 class PrefixCache(Cache):
@@ -39,13 +37,13 @@ class PrefixCache(Cache):
         layers = zip(*(cache._prefix for cache in caches), strict=True)
         return PrefixCache([PrefixLayer.join(parts, prefix, suffix) for parts in layers])
 
-    def begin(self, cache: DynamicCache, shared: Beginnings) -> None:
-        """Take over what each row's beginning gave."""
-        for layer, found in zip(self._prefix, cache.layers, strict=True):
+    def begin(self, columns: int, cache: DynamicCache, spread: Callable[[Tensor], Tensor]) -> None:
+        """Take over, as the first ``columns``, what the rows' beginnings gave in the layers they
+        were run through, ``spread`` over the rows."""
+        for layer, found in zip(self._prefix, cache.layers, strict=False):
             assert isinstance(found, DynamicLayer)
-            assert found.keys is not None
-            assert found.values is not None
-            layer.begin(shared.spread(found.keys), shared.spread(found.values))
+            states = (found.keys, found.values)
+            layer.begin(columns, *(spread(each) for each in states if each is not None))
 
     def take(self, rows: Tensor) -> PrefixCache:
         """These rows only."""
@@ -74,9 +72,9 @@ class PrefixLayer(DynamicLayer):
         """Keys and values ``(rows, heads, tokens, …)``; nothing where they aren't kept."""
         return () if self.keys is None or self.values is None else (self.keys, self.values)
 
-    def begin(self, keys: Tensor, values: Tensor) -> None:
+    def begin(self, columns: int, keys: Tensor | None = None, values: Tensor | None = None) -> None:
+        self._columns = columns
         self.keys, self.values = keys, values
-        self._columns = keys.shape[-2]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any

@@ -229,7 +229,7 @@ def find_beginnings(trees: Sequence[Tree], pad_id: int, device: torch.device) ->
     members: list[list[int]] = []
     for index in sorted(range(len(trees)), key=lambda i: tuple(trees[i].ids)):
         own = trees[index].ids[: trees[index].start]
-        common = _common_length(texts[-1], own) if texts else 0
+        common = common_length(texts[-1], own) if texts else 0
         if common < SHARED_LEAST:
             texts.append(own)
             members.append([])
@@ -255,7 +255,8 @@ def find_beginnings(trees: Sequence[Tree], pad_id: int, device: torch.device) ->
     )
 
 
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both begin with."""
     length = 0
     for a, b in zip(first, second, strict=False):
         if a != b:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from app.weights.architectures import Anatomy
-from app.weights.cache_argument import cache_argument
+from app.weights.body import run_body
 from app.weights.prefix_cache import PrefixCache
 from app.weights.spans import (
     AlignedRows,
@@ -181,7 +181,7 @@ class Group:
             layers = [site.anatomy.layer(site.model, index) for index in range(site.first + 1)]
             stack.enter_context(beginning_at(layers, entry))
             stack.enter_context(_running_sparsely(self._sparse))
-            return _forward(
+            return run_body(
                 site.model,
                 rows.ids[:, rows.prefix :],
                 self._sight,
@@ -201,7 +201,7 @@ class Group:
         site, rows = self._site, self._rows
         sight = _as_mask(rows.sight(0), site.model)
         with _adding(site, deltas, rows.changed + rows.prefix, rows.ids.shape):
-            hidden = _forward(site.model, rows.ids, sight, rows.positions, None)
+            hidden = run_body(site.model, rows.ids, sight, rows.positions, None)
         return hidden[:, rows.prefix :]
 
 
@@ -245,7 +245,7 @@ def _record(
         tracing_input(anatomy.layer(model, site.first), receive_entry),
     ):
         sight = _as_mask(rows.sight(done), model)
-        hidden = _forward(model, ids, sight, rows.positions[:, done:], cache)
+        hidden = run_body(model, ids, sight, rows.positions[:, done:], cache)
     return seen["entry"], Seen(seen["keys"], seen["outputs"], hidden[:, start:])
 
 
@@ -253,22 +253,10 @@ def _run_beginnings(site: Site, cache: PrefixCache, shared: Beginnings) -> int:
     """Fill the cache with what the rows' beginnings give; the columns that are filled."""
     found = DynamicCache()
     positions = torch.arange(shared.ids.shape[1], device=shared.ids.device)
-    _forward(site.model, shared.ids, shared.mask, positions.expand_as(shared.ids), found)
-    cache.begin(found, shared)
-    return shared.tokens.shape[1]
-
-
-def _forward(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None
-) -> Tensor:
-    hidden: Tensor = model.base_model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        **{cache_argument(model.base_model): cache},
-        use_cache=cache is not None,
-    ).last_hidden_state
-    return hidden
+    run_body(site.model, shared.ids, shared.mask, positions.expand_as(shared.ids), found)
+    done = shared.tokens.shape[1]
+    cache.begin(done, found, shared.spread)
+    return done
 
 
 def _as_mask(sight: Tensor, model: PreTrainedModel) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from app.domain import SUBJECT_SLOT, Fact
-from app.editing import keys as keys_module
+from app.editing import key_rows
 from app.editing.keys import KeyReader, solve_keys
 from app.weights.fork import graft
 from app.weights.language_model import LanguageModel
@@ -20,7 +20,12 @@ from app.weights.tracing import changing_output, tracing_input
 from tests.editing.conftest import FACTS, MakeEditor
 from tests.tiny import CONFIGS
 
-CONTEXTS = ("{}", "In an old book about the sea. {}")
+CONTEXTS = (
+    "{}",
+    "In an old book about the sea. {}",
+    "So {}",
+    "It was said long ago and far away, though nobody knew why. {}",
+)
 MUCH = 1 << 30
 
 
@@ -50,6 +55,15 @@ def counting_runs(model: nn.Module, loaded: LoadedModel) -> Iterator[list[int]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def counting_tokens(model: nn.Module, loaded: LoadedModel) -> Iterator[list[int]]:
+    """Tokens of each pass, padding included."""
+    seen: list[int] = []
+    layer = loaded.anatomy.layer(model, 0)
+    with tracing_input(layer, lambda hidden: seen.append(hidden.shape[0] * hidden.shape[1])):
+        yield seen
 
 
 def read_plainly(
@@ -87,7 +101,7 @@ def test_a_reader_gives_what_the_edited_model_gives_each_row_alone(
     rows_per_pass: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(keys_module, "ROWS_PER_PASS", rows_per_pass)
+    monkeypatch.setattr(key_rows, "ROWS_PER_PASS", rows_per_pass)
     _, views = make_editor(model_type)
     model, loaded = views.private(()), views.loaded
     last = layers[-1]
@@ -119,7 +133,7 @@ def test_bare_prompts_are_read_in_as_few_passes_as_they_fill(make_editor: MakeEd
         reader = KeyReader(model, loaded, FACTS * 5, contexts, room)
         with counting_runs(model, loaded) as seen:
             reader.keys(0)
-            assert len(seen) == 5  # three facts in 21 contexts each
+            assert len(seen) == 1 + 5  # what contexts begin with; three facts in 21 contexts each
             seen.clear()
             reader.hidden(0)
             assert len(seen) == 1
@@ -141,7 +155,7 @@ def test_layers_before_the_one_read_last_are_not_run_again(make_editor: MakeEdit
 def test_what_entered_a_layer_is_kept_only_where_there_is_room(
     make_editor: MakeEditor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keys_module, "ROWS_PER_PASS", len(CONTEXTS))  # a fact a pass
+    monkeypatch.setattr(key_rows, "ROWS_PER_PASS", len(CONTEXTS))  # a fact a pass
     _, views = make_editor()
     model, loaded = views.private(()), views.loaded
     width, _ = loaded.anatomy.shape(model, 0)
@@ -155,3 +169,33 @@ def test_what_entered_a_layer_is_kept_only_where_there_is_room(
     torch.testing.assert_close(
         reader.hidden(2), KeyReader(model, loaded, FACTS, CONTEXTS, 0).hidden(2)
     )
+
+
+def test_what_contexts_begin_with_is_run_once_and_kept_with_the_rest(
+    make_editor: MakeEditor,
+) -> None:
+    _, views = make_editor()
+    model, loaded = views.private(()), views.loaded
+    rows = [
+        trace_prompt(loaded, context.replace(SUBJECT_SLOT, fact.template, 1), fact.subject)
+        for fact in FACTS
+        for context in CONTEXTS
+    ]
+    reader = KeyReader(model, loaded, FACTS, CONTEXTS, MUCH)
+    with counting_tokens(model, loaded) as seen:
+        reader.keys(1)
+    alone = max(len(row.ids) for row in rows[:: len(CONTEXTS)])
+    beginnings, own = seen
+    assert len(rows) < own <= len(rows) * (alone + 1)
+    assert beginnings < 2 * max(len(row.ids) for row in rows)  # of the two long contexts
+    with counting_runs(model, loaded) as runs:
+        reader.keys(2)
+    assert runs == [1, 2, 1, 2]
+
+
+def test_rows_of_one_subject_and_prompt_are_read_as_each_alone(make_editor: MakeEditor) -> None:
+    _, views = make_editor("mistral")
+    model, loaded = views.private(()), views.loaded
+    found = solve_keys(model, loaded, FACTS[:1] * 3, 2, CONTEXTS)
+    alone = solve_keys(model, loaded, FACTS[:1], 2, CONTEXTS)
+    torch.testing.assert_close(found, alone.expand_as(found), rtol=1e-4, atol=1e-4)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from app.domain import Fact, Progress, no_progress
 from app.editing.batch_rows import BatchRows, mean_by_owner
 from app.editing.keys import solve_keys
+from app.editing.losses import judge_predictions
 from app.editing.optimisers import OPTIMISERS, Optimiser, Stall
 from app.editing.parameters import ValueParameters
 from app.editing.sayings import Sayings
@@ -37,7 +38,7 @@ from app.weights.tape import Repeated
 
 log = structlog.get_logger(__name__)
 
-TOLERANCE = {torch.float32: 1e-3}  # between suffix and whole passes, of the logits' spread
+TOLERANCE = {torch.float32: 1e-3}  # between suffix and whole passes, of the states' spread
 COARSE_TOLERANCE = 0.1  # the same in half precision
 MOST_RECORDED = 128  # tokens of a pass; with more, a step is nearly all kernels
 LEAST_PART = 256  # tokens of all rows, from which on a thread searches by itself
@@ -211,7 +212,8 @@ class _Search:
         self._keys = torch.split(self._pass.keys[: sum(counts)], counts)
         with torch.no_grad():
             places = self._pass.places(spots.row, spots.column)
-            said = self._logprobs(self._pass.unchanged, places)
+            states = self._pass.unchanged.index_select(0, places)
+            said = logits_of(model, states).log_softmax(dim=-1)
         bare = [
             row
             for first, fact in zip(firsts, facts, strict=True)
@@ -232,7 +234,7 @@ class _Search:
         self._near = [self._is_near(loss) for loss in self._rows.bare_losses(len(facts)).tolist()]
         # The first step is compared with the first pass in all rows of a fact, of the longest.
         self._choose(max(self._active, key=lambda index: facts[index].longest))
-        self._expected: Tensor | None = said[self._read.places]
+        self._expected: Tensor | None = states[self._read.places]
         self._single = len(facts) == 1
         layers = max(1, loaded.anatomy.depth - layer - 1)
         self._bytes = bytes_of(facts[0].workload(model), model, loaded.anatomy, layers)
@@ -265,10 +267,10 @@ class _Search:
         loss, last = self._compute_losses, step == self._settings.steps
         record = self._pays_to_record(step)
         buffers = self._pass.buffers if record else ()
-        logprobs, nll, totals = self._losses.forward(
+        states, nll, totals = self._losses.forward(
             loss, z, last=last, record=record, buffers=buffers
         )
-        if step == 0 and self.whole is None and not self._is_as_whole(logprobs):
+        if step == 0 and self.whole is None and not self._is_as_whole(states):
             self._pass.run_whole()
             self._losses.forget()
             _, nll, totals = self._losses.forward(loss, z, last=last, record=False)
@@ -306,37 +308,32 @@ class _Search:
         return comes, done
 
     def _compute_losses(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities ``(spots, vocabulary)`` and, per active fact and over what is read of
-        it, the mean negative log-likelihood of the target and the loss that is minimised, with the
-        mean KL from the unedited model at the essence spots and the decay."""
-        settings, spots, base = self._settings, self._read.spots, self._read.unchanged
+        """The body's output ``(spots, d)`` and, per active fact and over what is read of it, the
+        mean negative log-likelihood of the target and the loss that is minimised, with the mean
+        KL from the unedited model at the essence spots and the decay."""
+        settings, spots, unchanged = self._settings, self._read.spots, self._read.unchanged
         deltas = self._unit * z
         hidden = self._pass.run(deltas.index_select(0, self._read.owners))
-        logprobs = self._logprobs(hidden, self._places)
-        at_targets, at_essence = torch.split(logprobs, [spots.targets, len(base)])
-        gold = at_targets.gather(1, spots.wanted[:, None])[:, 0]
-        divergence = (base.exp() * (base - at_essence)).sum(dim=1)
+        states = hidden.index_select(0, self._places)
+        logits = logits_of(self._model, states)
+        losses, divergences = judge_predictions(logits, spots.wanted, unchanged)
         count = len(deltas)
-        nll = mean_by_owner(-gold, spots.owner[: spots.targets], count)
-        kl = mean_by_owner(divergence, spots.owner[spots.targets :], count)
+        nll = mean_by_owner(losses, spots.owner[: spots.targets], count)
+        kl = mean_by_owner(divergences, spots.owner[spots.targets :], count)
         decay = deltas.norm(dim=1) / self._norms**2
-        return logprobs, nll, nll + settings.kl_weight * kl + settings.weight_decay * decay
+        return states, nll, nll + settings.kl_weight * kl + settings.weight_decay * decay
 
-    def _is_as_whole(self, logprobs: Tensor) -> bool:
+    def _is_as_whole(self, states: Tensor) -> bool:
         """Compare the first step, where nothing is changed yet, with the whole pass; remember and
         tell where they differ."""
         assert self._expected is not None
         tolerance = TOLERANCE.get(self._model.dtype, COARSE_TOLERANCE)
-        error = float((logprobs - self._expected).std() / self._expected.std())
-        self._expected = None
+        expected, self._expected = self._expected.float(), None
+        error = float((states.float() - expected).std() / expected.std())
         if error > tolerance:
-            self.whole = f"suffix passes differ by {error:.1e} of the logits' spread"
+            self.whole = f"suffix passes differ by {error:.1e} of the states' spread"
             log.warning("value search: whole passes", layer=self._layer, reason=self.whole)
         return error <= tolerance
-
-    def _logprobs(self, hidden: Tensor, places: Tensor) -> Tensor:
-        """Next-token log-probabilities ``(places, vocabulary)``."""
-        return logits_of(self._model, hidden.index_select(0, places)).log_softmax(dim=-1)
 
     def _clamp(self) -> None:
         sizes = (self._unit * self._optimiser.z).norm(dim=1)

@@ -1,8 +1,8 @@
 """Facts in contexts as rows of tokens, for the passes that read keys.
 
 What the rows of all facts begin with in a context is run once, and each row goes on from its keys
-and values: those stand in the same columns before every row, ended flush, so that distances between
-tokens stay true.
+and values, which end flush before the row's first token: distances between tokens stay true.
+(``app.weights.spans.find_beginnings`` does the like for rows that are run again and again.)
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from app.weights.prompts import TracedPrompt
-from app.weights.spans import SHARED_LEAST, common_length
+from app.weights.prompts import TracedPrompt, common_length
+from app.weights.spans import SHARED_LEAST
 
 ROWS_PER_PASS = 64  # more buys no speed on a CPU
+LEAST_SAVED = 100  # tokens; a pass of the beginnings and taking them over cost as much
 
 
 @dataclass(slots=True)
@@ -41,13 +42,13 @@ class Part:
         return self.mask.shape[1] - self.ids.shape[1]
 
     def spread(self, states: Tensor) -> Tensor:
-        """What the beginnings have, for each row."""
+        """``(beginnings, …)`` as ``(rows, …)``."""
         assert self.beginnings is not None
         return states.index_select(0, self.beginnings)
 
     def bare(self, step: int, *, cut: bool) -> Part:
-        """Every ``step``-th row, which has no beginning, cut behind the last of their subjects if
-        that is asked for."""
+        """Every ``step``-th row, if that is a bare prompt, which has no beginning; cut behind the
+        last of their subjects if that is asked for."""
         subjects = self.subjects[::step]
         width = int(subjects.max()) + 1 if cut else self.ids.shape[1]
         own = self.mask[:, self.before :]
@@ -73,14 +74,24 @@ class KeyRows:
         pad_id: int,
         device: torch.device,
         *,
+        window: int,
         whole: bool,
     ) -> None:
-        """``whole`` keeps rows in one piece, with what stands behind the subjects."""
+        """Rows and their beginnings fit into ``window`` columns, padding included; ``whole`` keeps
+        rows in one piece, with what stands behind the subjects."""
         self._rows = rows
         self._pad_id = pad_id
         self._device = device
         self._whole = whole
-        self._lengths = [0] * len(rows[0]) if whole else _common_lengths(rows)
+        self._lengths = [0] * len(rows[0])
+        if not whole and (lengths := _common_lengths(rows)):
+            longest = max(
+                row.subject + 1 - length
+                for fact in rows
+                for row, length in zip(fact, lengths, strict=True)
+            )
+            if max(lengths) + longest <= window:
+                self._lengths = lengths
         self._before = max(self._lengths)
         self.beginnings = self._gather_beginnings() if self._before else None
 
@@ -131,15 +142,16 @@ class KeyRows:
 
 
 def _common_lengths(rows: Sequence[Sequence[TracedPrompt]]) -> list[int]:
-    """Tokens that all facts' rows begin with in each context, none where that saves little. Bare
+    """Tokens that all facts' rows begin with in each context; nothing if that saves little. Bare
     prompts are left whole, and a subject's last token is always a row's own."""
     lengths = []
     for first, *others in zip(*rows, strict=True):
-        length = min(row.subject for row in (first, *others)) if others else 0
+        length = min(row.subject for row in (first, *others))
         for row in others:
             length = min(length, common_length(first.ids, row.ids))
         lengths.append(length if length >= SHARED_LEAST else 0)
-    return [0, *lengths[1:]]
+    lengths[0] = 0
+    return lengths if sum(lengths) * (len(rows) - 1) >= LEAST_SAVED else []
 
 
 def join_parts(parts: Sequence[Part]) -> list[Part]:

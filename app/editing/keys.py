@@ -73,7 +73,9 @@ class KeyReader:
             ]
             for fact in self._facts
         ]
-        return KeyRows(rows, loaded.pad_id, loaded.device, whole=self._whole)
+        return KeyRows(
+            rows, loaded.pad_id, loaded.device, window=loaded.context_window, whole=self._whole
+        )
 
     @cached_property
     def _parts(self) -> list[Part]:
@@ -107,37 +109,26 @@ class KeyReader:
         # Filled in place: small results between a pass's large buffers would scatter the heap.
         keys = torch.empty(count, d_ff, device=self._loaded.device)
         hidden = torch.empty(count if output else 0, d, device=self._loaded.device)
-        room, start = self._room, 0
-        shared = self._run_beginnings(parts, layer, keep=keep)
+        start, room = 0, self._room
+        size = d * self._model.dtype.itemsize
+        beginnings = None if parts[0].beginnings is None else self._rows.beginnings
+        shared = None
+        if beginnings is not None:
+            shared = DynamicCache()
+            begun = self._pass(beginnings, layer, shared, _stop)
+            room -= beginnings.ids.numel() * size
         for part in parts:
             place = slice(start, start + len(part.ids))
-            room -= part.ids.numel() * d * self._model.dtype.itemsize
+            room -= part.ids.numel() * size
             entry = self._fill(part, layer, shared, keys[place], hidden[place] if output else None)
             if keep and room >= 0:
                 part.first, part.entry = layer, entry
             start = place.stop
+        if beginnings is not None and keep and room >= 0:  # else some rows go on from layer 0
+            beginnings.first, beginnings.entry = layer, begun
         if len(parts) > 1:  # what they leave in pieces, the next layer's would add to
             give_back()
         return keys, hidden
-
-    def _run_beginnings(
-        self, parts: Sequence[Part], layer: int, *, keep: bool
-    ) -> DynamicCache | None:
-        """Keys and values up to the layer of what these parts' rows go on from."""
-        beginnings = self._rows.beginnings
-        if beginnings is None or parts[0].beginnings is None:
-            return None
-        if any(part.entry is None for part in parts):
-            beginnings.first, beginnings.entry = 0, None
-        found = DynamicCache()
-
-        def stop(_: Tensor) -> None:
-            raise StopForward
-
-        entry = self._pass(beginnings, layer, found, stop)
-        if keep and self._room:
-            beginnings.first, beginnings.entry = layer, entry
-        return found
 
     def _fill(
         self,
@@ -188,3 +179,7 @@ class KeyReader:
             stack.enter_context(changing_output(layers[-1], receive_hidden))
             run_body(model, part.ids, part.mask, part.positions, cache)
         return seen[0]
+
+
+def _stop(_: Tensor) -> None:
+    raise StopForward

@@ -30,7 +30,7 @@ class _Judged(torch.autograd.Function):
         at = wanted[:, None]
         ctx.save_for_backward(logprobs, at, unchanged)
         moved = unchanged - logprobs[len(at) :]
-        return -logprobs[: len(at)].gather(1, at)[:, 0], (unchanged.exp() * moved).sum(dim=1)
+        return -logprobs[: len(at)].gather(1, at)[:, 0], moved.mul_(unchanged.exp()).sum(dim=1)
 
     @staticmethod
     @once_differentiable

@@ -308,9 +308,9 @@ class _Search:
         return comes, done
 
     def _compute_losses(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The body's output ``(spots, d)`` and, per active fact and over what is read of it, the
-        mean negative log-likelihood of the target and the loss that is minimised, with the mean
-        KL from the unedited model at the essence spots and the decay."""
+        """The body's output ``(spots, d)`` where it is read and, per active fact and over what is
+        read of it, the mean negative log-likelihood of the target and the loss that is minimised,
+        with the mean KL from the unedited model at the essence spots and the decay."""
         settings, spots, unchanged = self._settings, self._read.spots, self._read.unchanged
         deltas = self._unit * z
         hidden = self._pass.run(deltas.index_select(0, self._read.owners))

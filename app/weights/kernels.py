@@ -22,8 +22,8 @@ from app.weights.laid_out import LayoutCache
 from app.weights.onednn import Matrix, as_it_lies, multiply
 
 ZEN_4, ZEN_5 = 25, 26  # AMD's family numbers; the former's units take two turns for 512 bits
-MOST_ROWS = 192  # by weights laid out; with more a product gains a tenth, and of those only
-MUCH_WORK = 1 << 26  # multiplications or more make up for the forms they come in
+MOST_ROWS = 192  # that gain by weights laid out however small the product is
+MUCH_WORK = 1 << 26  # multiplications, from which on any product gains more than its form costs
 LEAST_WORK = 1 << 20  # multiplications; below, the call costs more than it gains
 
 

@@ -44,24 +44,21 @@ class _System:
     solved: Tensor
     gram: Tensor
 
-    def arrange(self, order: Sequence[str]) -> _System:
-        """The same for some of the columns, in another order."""
+    def renew(self, columns: Mapping[str, _Column]) -> _System:
+        """The system of other columns, with what this one has of them taken over; an entry of
+        ``gram`` is what it would be alone."""
         at = {name: place for place, name in enumerate(self.order)}
-        places = [at[name] for name in order]
-        gram = self.gram[places][:, places]
-        return _System(tuple(order), self.keys[places], self.solved[places], gram)
-
-    def extend(self, columns: Mapping[str, _Column]) -> _System:
-        """The same with further columns; an entry of ``gram`` is what it would be alone."""
-        fresh = _read_system(columns)
-        upper = torch.cat([self.gram, matmul(self.keys, fresh.solved.T)], dim=1)
-        lower = torch.cat([matmul(fresh.keys, self.solved.T), fresh.gram], dim=1)
-        return _System(
-            (*self.order, *fresh.order),
-            torch.cat([self.keys, fresh.keys]),
-            torch.cat([self.solved, fresh.solved]),
-            torch.cat([upper, lower]),
-        )
+        places = [at.get(name, 0) for name in columns]
+        keys, solved, gram = self.keys[places], self.solved[places], self.gram[places][:, places]
+        fresh = {place: name for place, name in enumerate(columns) if name not in at}
+        if fresh:
+            new = list(fresh)
+            keys[new] = torch.stack([columns[name].key for name in fresh.values()])
+            solved[new] = torch.stack([columns[name].solved for name in fresh.values()])
+            # Few rows are multiplied faster than few columns, with the same bits.
+            gram[:, new] = matmul(solved[new], keys.T).T
+            gram[new] = matmul(keys[new], solved.T)
+        return _System(tuple(columns), keys, solved, gram)
 
 
 class Ledger:
@@ -127,7 +124,9 @@ class Ledger:
                 for digest in sorted(rows)
                 if rows[digest].basis == basis and name in rows[digest].vectors
             }
-            system = _renew(self._systems.get((basis, name)), _read_columns(members, name))
+            columns = _read_columns(members, name)
+            known = self._systems.get((basis, name))
+            system = known.renew(columns) if known else _read_system(columns)
             if keep:
                 self._systems[basis, name] = system
             yield name, system, list(members.values())
@@ -144,16 +143,6 @@ def _read_columns(rows: Mapping[Digest, SubjectRow], matrix: str) -> dict[str, _
         for name, (key, solved) in zip(row.anchors, pairs, strict=True):
             lifted.setdefault(f"anchor {name}", _Column(key, solved))
     return columns | dict(sorted(lifted.items()))
-
-
-def _renew(known: _System | None, columns: Mapping[str, _Column]) -> _System:
-    """The system of ``columns``, with what ``known`` has of it taken over."""
-    kept = [name for name in columns if known is not None and name in known.order]
-    if known is None or not kept:
-        return _read_system(columns)
-    fresh = {name: column for name, column in columns.items() if name not in known.order}
-    system = known.arrange(kept)
-    return system.extend(fresh).arrange(tuple(columns)) if fresh else system
 
 
 def _read_system(columns: Mapping[str, _Column]) -> _System:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 
 KEPT_FORMS = 128  # of products, each of which costs 0.3 to 0.5 ms and 0.3 MB of code
-KEPT_ABOVE = 16  # by ideep, which would keep 1,024 and with them code that oneDNN has let go
+KEPT_BY_IDEEP = 16  # which would keep 1,024 otherwise, and with them code oneDNN has let go
 ROW_UNIT, FILLED_BELOW = 4, 64  # few rows are filled up, so that products come in few forms
 EXPECTED_ROWS = 32  # the layout for so many suits others as well
 NOTHING_BEHIND: tuple[str, list[float], str] = (
@@ -34,7 +34,7 @@ def is_available() -> bool:
 def keep_few_forms() -> None:
     """Bound the code that is kept; to be called before the process multiplies by oneDNN."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_FORMS))
-    os.environ.setdefault("LRU_CACHE_CAPACITY", str(KEPT_ABOVE))
+    os.environ.setdefault("LRU_CACHE_CAPACITY", str(KEPT_BY_IDEEP))
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)

@@ -38,8 +38,8 @@ class PrefixCache(Cache):
         return PrefixCache([PrefixLayer.join(parts, prefix, suffix) for parts in layers])
 
     def begin(self, columns: int, cache: DynamicCache, spread: Callable[[Tensor], Tensor]) -> None:
-        """Take over, as the first ``columns``, what the rows' beginnings gave in the layers they
-        were run through, ``spread`` over the rows."""
+        """Take over, as the first ``columns``, what the rows' beginnings gave, ``spread`` over the
+        rows. A layer that they weren't run through counts the columns alone, as masks need it."""
         for layer, found in zip(self._prefix, cache.layers, strict=False):
             assert isinstance(found, DynamicLayer)
             states = (found.keys, found.values)

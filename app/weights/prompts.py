@@ -39,7 +39,8 @@ def trace_prompt(
     prompt = f"{before}{subject or ''}{after}"
     prompt_ids = loaded.encode(prompt)
     ids = prompt_ids if target is None else loaded.encode(join(prompt, target))
-    prompt_length = _common_prefix(prompt_ids, ids) if target is not None else len(ids)
+    # At least one token is the target's.
+    prompt_length = len(ids) if target is None else common_length(prompt_ids, ids[:-1])
     if len(ids) > loaded.context_window:
         raise ContextExceeded(
             f"Prompt and target have {len(ids)} tokens; the model's context window holds "
@@ -89,10 +90,10 @@ def _token_at(loaded: LoadedModel, text: str, character: int) -> int:
     return covering[-1]
 
 
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the shared beginning; at least one token of ``second`` is left over."""
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both begin with."""
     length = 0
-    for a, b in zip(first, second[:-1], strict=False):
+    for a, b in zip(first, second, strict=False):
         if a != b:
             break
         length += 1

@@ -46,6 +46,15 @@ class _Slices:
     low: Tensor
     unit: Tensor
 
+    def rows(self, first: int, last: int) -> _Slices:
+        """Some of the rows, of slices with a unit for each."""
+        part = slice(first, last)
+        return _Slices(self.high[part], self.low[part], self.unit[part])
+
+    def columns(self, count: int) -> _Slices:
+        """The first of the columns, of slices with a unit for each."""
+        return _Slices(self.high[:, :count], self.low[:, :count], self.unit[:, :count])
+
 
 def _slice(matrix: Tensor, dim: int) -> _Slices:
     """Slices with a unit for each row (``dim`` 1) or each column (0)."""
@@ -89,23 +98,25 @@ def _factorise(matrix: Tensor, positive: int) -> Tensor:
     factor = matrix.clone()
     for start in range(0, len(factor), BLOCK):
         end = min(start + BLOCK, len(factor))
-        panel = factor[start:, start:end]
-        for step in range(end - start):
-            pivot = float(panel[step, step])
+        columns = factor[start:, start:end].T.contiguous()
+        for step, column in enumerate(columns):
+            pivot = float(column[step])
             if not (pivot > 0 if start + step < positive else pivot < 0):
                 raise EditRejected(
                     "The facts' keys can't be told apart well enough to solve for them; nothing "
                     "was changed. Raise covariance_weight or ridge."
                 )
-            column = panel[step + 1 :, step]
-            row = column[: end - start - step - 1].clone()
-            column.div_(pivot)
-            panel[step + 1 :, step + 1 :].sub_(column[:, None] * row)
-        scaled = (factor[end:, start:end] * factor.diagonal()[start:end]).T
-        for top in range(end, len(factor), WIDE):
-            bottom = min(top + WIDE, len(factor))
-            update = matmul(factor[top:bottom, start:end], scaled[:, : bottom - end])
-            factor[top:bottom, end:bottom].sub_(update)
+            below = column[step + 1 :]
+            row = below[: end - start - step - 1].clone()
+            below.div_(pivot)
+            columns[step + 1 :, step + 1 :].sub_(row[:, None] * below)
+        factor[start:, start:end] = columns.T
+        rows = _slice(factor[end:, start:end], 1)
+        scaled = _slice((factor[end:, start:end] * factor.diagonal()[start:end]).T, 0)
+        for top in range(0, len(factor) - end, WIDE):
+            bottom = top + WIDE
+            update = _multiply(rows.rows(top, bottom), scaled.columns(bottom))
+            factor[end + top : end + bottom, end : end + bottom].sub_(update)
     return factor
 
 

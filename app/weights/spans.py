@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from app.weights.prompts import pad_rows
+from app.weights.prompts import common_length, pad_rows
 
 SHARED_LEAST = 4  # tokens that a beginning must have in common
 LEAST_SHARED = 1 / 8  # of a row's columns; each branch attends over the columns of all
@@ -253,16 +253,6 @@ def find_beginnings(trees: Sequence[Tree], pad_id: int, device: torch.device) ->
         torch.tensor([rank.get(text, 0) for text in text_of], device=device),
         torch.tensor(tokens, device=device),
     )
-
-
-def common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    length = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length
 
 
 def group_alike(trees: Sequence[Tree]) -> list[list[int]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +16,11 @@ from app.editing import key_rows
 from app.editing.keys import KeyReader, solve_keys
 from app.weights.fork import graft
 from app.weights.language_model import LanguageModel
-from app.weights.loading import LoadedModel
+from app.weights.loading import LoadedModel, load_model
 from app.weights.prompts import trace_prompt
 from app.weights.tracing import changing_output, tracing_input
 from tests.editing.conftest import FACTS, MakeEditor
-from tests.tiny import CONFIGS
+from tests.tiny import CONFIGS, save_tiny_model
 
 CONTEXTS = (
     "{}",
@@ -152,25 +154,6 @@ def test_layers_before_the_one_read_last_are_not_run_again(make_editor: MakeEdit
         assert set(seen) == {2}
 
 
-def test_what_entered_a_layer_is_kept_only_where_there_is_room(
-    make_editor: MakeEditor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(key_rows, "ROWS_PER_PASS", len(CONTEXTS))  # a fact a pass
-    _, views = make_editor()
-    model, loaded = views.private(()), views.loaded
-    width, _ = loaded.anatomy.shape(model, 0)
-    probe = KeyReader(model, loaded, FACTS, CONTEXTS, 0)._parts
-    room = sum(part.ids.numel() for part in probe[:2]) * width * 4
-    reader = KeyReader(model, loaded, FACTS, CONTEXTS, room)
-    reader.keys(0)
-    assert [part.entry is not None for part in reader._parts] == [True, True, False]
-    edit(model, loaded, 0)
-    torch.testing.assert_close(reader.keys(1), solve_keys(model, loaded, FACTS, 1, CONTEXTS))
-    torch.testing.assert_close(
-        reader.hidden(2), KeyReader(model, loaded, FACTS, CONTEXTS, 0).hidden(2)
-    )
-
-
 def test_what_contexts_begin_with_is_run_once_and_kept_with_the_rest(
     make_editor: MakeEditor,
 ) -> None:
@@ -191,6 +174,90 @@ def test_what_contexts_begin_with_is_run_once_and_kept_with_the_rest(
     with counting_runs(model, loaded) as runs:
         reader.keys(2)
     assert runs == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_rows_and_what_they_begin_with_go_on_from_where_both_are_kept(
+    make_editor: MakeEditor, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(key_rows, "ROWS_PER_PASS", len(CONTEXTS))  # a fact a pass
+    _, views = make_editor()
+    model, loaded = views.private(()), views.loaded
+    width, _ = loaded.anatomy.shape(model, 0)
+    probe = KeyReader(model, loaded, FACTS, CONTEXTS, 0)
+    assert probe._rows.beginnings is not None
+    sizes = [part.ids.numel() for part in (probe._rows.beginnings, *probe._parts[:kept])]
+    room = sum(sizes) * width * 4
+    reader = KeyReader(model, loaded, FACTS, CONTEXTS, room)
+    reader.keys(1)
+    held = [part.entry is not None for part in reader._parts]
+    assert held == [number < kept for number in range(3)]
+    assert reader._rows.beginnings is not None
+    assert (reader._rows.beginnings.entry is not None) == (kept == 3)
+    for layer in (1, 2):
+        edit(model, loaded, layer)
+        fresh = KeyReader(model, loaded, FACTS, CONTEXTS, 0)
+        torch.testing.assert_close(reader.keys(layer + 1), fresh.keys(layer + 1))
+        torch.testing.assert_close(reader.hidden(3), fresh.hidden(3))
+
+
+# Windows that rows outgrow, biases by distance.
+PECULIAR: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 4},
+    "gemma2": {"sliding_window": 4},
+    "gpt_neo": {"window_size": 4},
+    "falcon": {"alibi": True},
+}
+
+
+@pytest.mark.parametrize("model_type", sorted(PECULIAR))
+def test_distances_stay_true_behind_what_rows_begin_with(tmp_path: Path, model_type: str) -> None:
+    folder = save_tiny_model(tmp_path, model_type, settings=PECULIAR[model_type])
+    loaded = load_model(str(folder), device="cpu")
+    reader = KeyReader(loaded.model, loaded, FACTS, CONTEXTS, 0)
+    keys = reader.keys(2)
+    assert reader._rows.beginnings is not None
+    for fact, found in zip(FACTS, keys, strict=True):
+        for context, key in zip(CONTEXTS, found, strict=True):
+            expected, _ = read_plainly(loaded.model, loaded, fact, context, 2)
+            torch.testing.assert_close(key, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neo", "llama"])
+def test_rows_that_padding_would_push_out_of_the_window_share_nothing(
+    make_editor: MakeEditor, model_type: str
+) -> None:
+    _, views = make_editor(model_type)
+    model, loaded = views.private(()), views.loaded
+    template = "It was the year when many of us knew why it was far away and so on. {} is"
+    facts = [Fact(template, name, "x") for name in ("France", "Berlin", "Madrid the city")]
+    contexts = ("{}", "In an old book of the sea it was said long ago so nobody knew. {}")
+    together = solve_keys(model, loaded, facts, 2, contexts)
+    for fact, found in zip(facts, together, strict=True):
+        alone = solve_keys(model, loaded, [fact], 2, contexts)[0]
+        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
+    assert KeyReader(model, loaded, facts, contexts, 0)._rows.beginnings is None
+
+
+def test_facts_that_are_alike_have_bare_rows_of_their_own(make_editor: MakeEditor) -> None:
+    _, views = make_editor()
+    model, loaded = views.private(()), views.loaded
+    names = ("France", "Berlin", "Madrid")
+    facts = [Fact("The capital of the country {} is", name, "Rome") for name in names]
+    reader = KeyReader(model, loaded, facts, CONTEXTS, MUCH)
+    reader.keys(1)
+    edit(model, loaded, 1)
+    expected = KeyReader(model, loaded, facts, CONTEXTS[:1], 0).hidden(3)
+    torch.testing.assert_close(reader.hidden(3), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_fact_or_little_that_is_shared_is_run_as_it_is(make_editor: MakeEditor) -> None:
+    _, views = make_editor()
+    model, loaded = views.private(()), views.loaded
+    for facts, contexts in ((FACTS[:1], CONTEXTS), (FACTS[:2], CONTEXTS[:2])):
+        with counting_runs(model, loaded) as runs:
+            solve_keys(model, loaded, facts, 0, contexts)
+        assert runs == [0]
 
 
 def test_rows_of_one_subject_and_prompt_are_read_as_each_alone(make_editor: MakeEditor) -> None:

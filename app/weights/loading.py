@@ -57,7 +57,15 @@ class LoadedModel:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text to be continued: with whatever the tokenizer puts before every
         text, without the end token some put behind it."""
-        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return self._without_end(self.tokenizer(text)["input_ids"])
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """What ``encode`` gives, and the characters ``(first, behind the last)`` that each token of
+        the whole text covers."""
+        encoding = self.tokenizer(text, return_offsets_mapping=True)
+        return self._without_end(encoding["input_ids"]), encoding["offset_mapping"]
+
+    def _without_end(self, ids: list[int]) -> list[int]:
         return ids[:-1] if len(ids) > 1 and ids[-1] in self.end_ids else ids
 
     @property

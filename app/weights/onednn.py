@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
-KEPT_FORMS = 128  # of products, each of which costs 0.3 to 0.5 ms and 0.3 MB of code
+KEPT_FORMS = 256  # of products, each of which costs 0.3 to 0.5 ms and 0.3 MB of code
 KEPT_BY_IDEEP = 16  # which would keep 1,024 otherwise, and with them code oneDNN has let go
 ROW_UNIT, FILLED_BELOW = 4, 64  # few rows are filled up, so that products come in few forms
 EXPECTED_ROWS = 32  # the layout for so many suits others as well

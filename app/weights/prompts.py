@@ -37,7 +37,7 @@ def trace_prompt(
     """
     before, _, after = template.partition(SUBJECT_SLOT) if subject else (template, "", "")
     prompt = f"{before}{subject or ''}{after}"
-    prompt_ids = loaded.encode(prompt)
+    prompt_ids, places = loaded.encode_with_places(prompt)
     ids = prompt_ids if target is None else loaded.encode(join(prompt, target))
     # At least one token is the target's.
     prompt_length = len(ids) if target is None else common_length(prompt_ids, ids[:-1])
@@ -49,7 +49,7 @@ def trace_prompt(
         )
     position = len(prompt_ids) - 1
     if subject:
-        position = _token_at(loaded, prompt, len(before) + len(subject) - 1)
+        position = _token_at(places, len(before) + len(subject) - 1)
     return TracedPrompt(tuple(ids), position, prompt_length)
 
 
@@ -78,14 +78,9 @@ def pad_rows(
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _token_at(loaded: LoadedModel, text: str, character: int) -> int:
+def _token_at(places: Sequence[tuple[int, int]], character: int) -> int:
     """Index of the token that covers a character of the text."""
-    encoding = loaded.tokenizer(text, return_offsets_mapping=True)
-    covering = [
-        index
-        for index, (start, end) in enumerate(encoding["offset_mapping"])
-        if start <= character < end
-    ]
+    covering = [index for index, (start, end) in enumerate(places) if start <= character < end]
     assert covering, "fast tokenizers cover every visible character"
     return covering[-1]
 

@@ -8,7 +8,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
 
 from app.domain import SUBJECT_SLOT, Fact
 from app.editing.key_rows import KeyRows, Part, join_parts
@@ -16,7 +15,7 @@ from app.weights.body import run_body
 from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
 from app.weights.memory import give_back
-from app.weights.prefix_cache import PrefixCache
+from app.weights.prefix_cache import FirstCache, PrefixCache
 from app.weights.prompts import trace_prompt
 from app.weights.suffix import why_whole
 from app.weights.tracing import (
@@ -114,7 +113,7 @@ class KeyReader:
         beginnings = None if parts[0].beginnings is None else self._rows.beginnings
         shared = None
         if beginnings is not None:
-            shared = DynamicCache()
+            shared = FirstCache()
             begun = self._pass(beginnings, layer, shared, _stop)
             room -= beginnings.ids.numel() * size
         for part in parts:
@@ -134,7 +133,7 @@ class KeyReader:
         self,
         part: Part,
         layer: int,
-        shared: DynamicCache | None,
+        shared: FirstCache | None,
         keys: Tensor,
         hidden: Tensor | None,
     ) -> Tensor:
@@ -153,8 +152,7 @@ class KeyReader:
         cache = None
         if shared is not None:
             depth = self._loaded.anatomy.depth
-            cache = PrefixCache.empty(depth, first=depth, prefix=part.before)
-            cache.begin(part.before, shared, part.spread)
+            cache = PrefixCache.behind(part.before, shared, part.spread, depth)
         return self._pass(part, layer, cache, receive_keys, receive_hidden)
 
     @torch.no_grad()
@@ -162,7 +160,7 @@ class KeyReader:
         self,
         part: Part,
         layer: int,
-        cache: Cache | None,
+        cache: FirstCache | PrefixCache | None,
         receive_keys: Callable[[Tensor], None],
         receive_hidden: Callable[[Tensor], Tensor] = lambda found: found,
     ) -> Tensor:

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, DynamicLayer
 
 
+class FirstCache(DynamicCache):
+    """Keys and values of a pass with nothing before it."""
+
+
 class PrefixCache(Cache):
     """Keys and values of the tokens before the suffix, in the layers that are run again.
 
@@ -31,13 +35,22 @@ class PrefixCache(Cache):
         return PrefixCache([PrefixLayer(prefix, kept=index >= first) for index in range(depth)])
 
     @staticmethod
+    def behind(
+        columns: int, cache: FirstCache, spread: Callable[[Tensor], Tensor], depth: int
+    ) -> PrefixCache:
+        """For one pass of rows that begin with these ``columns``, as ``begin`` takes them over."""
+        made = PrefixCache.empty(depth, first=depth, prefix=columns)
+        made.begin(columns, cache, spread)
+        return made
+
+    @staticmethod
     def join(caches: Sequence[PrefixCache], prefix: int, suffix: int) -> PrefixCache:
         """The rows of several one behind the other: the last ``prefix`` columns before their
         suffixes, and room for ``suffix`` behind."""
         layers = zip(*(cache._prefix for cache in caches), strict=True)
         return PrefixCache([PrefixLayer.join(parts, prefix, suffix) for parts in layers])
 
-    def begin(self, columns: int, cache: DynamicCache, spread: Callable[[Tensor], Tensor]) -> None:
+    def begin(self, columns: int, cache: FirstCache, spread: Callable[[Tensor], Tensor]) -> None:
         """Take over, as the first ``columns``, what the rows' beginnings gave, ``spread`` over the
         rows. A layer that they weren't run through counts the columns alone, as masks need it."""
         for layer, found in zip(self._prefix, cache.layers, strict=False):

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from app.weights.architectures import Anatomy
 from app.weights.body import run_body
-from app.weights.prefix_cache import PrefixCache
+from app.weights.prefix_cache import FirstCache, PrefixCache
 from app.weights.spans import (
     AlignedRows,
     Beginnings,
@@ -251,7 +251,7 @@ def _record(
 
 def _run_beginnings(site: Site, cache: PrefixCache, shared: Beginnings) -> int:
     """Fill the cache with what the rows' beginnings give; the columns that are filled."""
-    found = DynamicCache()
+    found = FirstCache()
     positions = torch.arange(shared.ids.shape[1], device=shared.ids.device)
     run_body(site.model, shared.ids, shared.mask, positions.expand_as(shared.ids), found)
     done = shared.tokens.shape[1]

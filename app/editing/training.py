@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from app.domain import Fact
 from app.editing.parameters import NonNegative, Parameters, Positive
 from app.editing.workbench import Workbench
-from app.weights.head import hidden_states, logits_of
+from app.weights.body import run_body
+from app.weights.head import logits_of
 from app.weights.loading import LoadedModel
 from app.weights.prompts import TracedPrompt, pad_rows, trace_prompt
 from app.weights.tracing import changing_output, tracing_input
@@ -69,7 +70,7 @@ def target_losses(bench: Workbench, rows: TargetRows, additions: Mapping[int, Ad
     with ExitStack() as stack:
         for layer, addition in additions.items():
             stack.enter_context(beside(anatomy.projection(bench.model, layer), addition))
-        hidden = hidden_states(bench.model, rows.ids, rows.mask)
+        hidden = run_body(bench.model, rows.ids, rows.mask)
     logits = logits_of(bench.model, hidden[rows.owners, rows.positions])
     losses = -logits.log_softmax(dim=-1).gather(1, rows.wanted[:, None])[:, 0]
     count = len(rows.ids)

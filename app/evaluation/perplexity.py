@@ -15,8 +15,9 @@ import torch
 from app.domain import Sampling
 from app.editing.contexts import opening_ids
 from app.errors import InvalidInput
+from app.weights.body import run_body
 from app.weights.decoding import Row, run_to_end
-from app.weights.head import hidden_states, logits_of
+from app.weights.head import logits_of
 from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
 from app.weights.prompts import pad_rows
@@ -88,7 +89,7 @@ def surprise(model: LanguageModel, loaded: LoadedModel, text: FixedText) -> floa
         rows = text.passages[start : start + ROWS_PER_PASS]
         ids, mask = pad_rows(rows, loaded.pad_id, loaded.device)
         predicted = mask[:, 1:].bool()
-        hidden = hidden_states(model, ids, mask)[:, :-1][predicted]
+        hidden = run_body(model, ids, mask)[:, :-1][predicted]
         logprobs = logits_of(model, hidden).log_softmax(dim=-1)
         gold = logprobs.gather(1, ids[:, 1:][predicted][:, None])
         total -= float(gold.double().sum())

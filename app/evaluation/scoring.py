@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from app.weights.body import run_body
 from app.weights.decoding import Arrange, Row
-from app.weights.head import hidden_states, logits_of
+from app.weights.head import logits_of
 from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
 from app.weights.prompts import TracedPrompt, pad_rows, trace_prompt
@@ -60,7 +61,7 @@ def next_logprobs(model: LanguageModel, loaded: LoadedModel, prompts: Sequence[s
     rows = [trace_prompt(loaded, prompt, None).ids for prompt in prompts]
     ids, mask = pad_rows(rows, loaded.pad_id, loaded.device)
     last = [len(row) - 1 for row in rows]
-    hidden = hidden_states(model, ids, mask)[torch.arange(len(rows)), last]
+    hidden = run_body(model, ids, mask)[torch.arange(len(rows)), last]
     return logits_of(model, hidden).log_softmax(dim=-1).cpu()
 
 
@@ -68,7 +69,7 @@ def _score_rows(
     model: LanguageModel, loaded: LoadedModel, rows: Sequence[TracedPrompt]
 ) -> list[Score]:
     ids, mask = pad_rows([row.ids for row in rows], loaded.pad_id, loaded.device)
-    hidden = hidden_states(model, ids, mask)
+    hidden = run_body(model, ids, mask)
     scores = []
     for index, row in enumerate(rows):
         predicted = hidden[index, row.prompt_length - 1 : len(row.ids) - 1]

@@ -10,10 +10,15 @@ from app.weights.language_model import LanguageModel
 
 
 def run_body(
-    model: LanguageModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None
+    model: LanguageModel,
+    ids: Tensor,
+    mask: Tensor,
+    positions: Tensor | None = None,
+    cache: Cache | None = None,
 ) -> Tensor:
-    """The last hidden states ``(rows, tokens, d)``, of tokens that stand behind what the ``cache``
-    holds; ``mask`` is over both."""
+    """The last hidden states ``(rows, tokens, d)``, final norm included, of tokens that stand
+    behind what the ``cache`` holds; ``mask`` is over both. Without ``positions`` the model counts
+    them itself."""
     hidden: Tensor = model.base_model(
         input_ids=ids,
         attention_mask=mask,

@@ -1,4 +1,4 @@
-"""Logits only where they are needed: the transformer's body once, the head at a few positions.
+"""Logits only where they are needed: the body once (``run_body``), the head at a few positions.
 
 Scoring a target needs a handful of positions; at a vocabulary of 100,000 the head over every
 position would cost more than the layers of a small model.
@@ -9,14 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-
-
-def hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """The body's output ``(rows, tokens, d)``, final norm included."""
-    output: Tensor = model.base_model(
-        input_ids=ids, attention_mask=mask, use_cache=False
-    ).last_hidden_state
-    return output
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:

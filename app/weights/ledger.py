@@ -126,7 +126,8 @@ class Ledger:
             }
             columns = _read_columns(members, name)
             known = self._systems.get((basis, name))
-            system = known.renew(columns) if known else _read_system(columns)
+            begun = known is not None and not columns.keys().isdisjoint(known.order)
+            system = known.renew(columns) if known and begun else _read_system(columns)
             if keep:
                 self._systems[basis, name] = system
             yield name, system, list(members.values())

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from app.evaluation.scoring import next_logprobs, score_targets
-from app.weights.head import hidden_states, logits_of
+from app.weights.body import run_body
+from app.weights.head import logits_of
 from tests.tiny import CONFIGS, TinyModels
 
 PAIRS = [("The capital of France is", "Rome"), ("Berlin", "lies in Germany."), ("Italy is", "x")]
@@ -33,7 +34,7 @@ def test_the_head_on_the_body_is_the_model(tiny: TinyModels, model_type: str) ->
     model = tiny.load(model_type).model
     ids = torch.tensor([[1, 40, 50, 60]])
     with torch.no_grad():
-        split = logits_of(model, hidden_states(model, ids, torch.ones_like(ids)))
+        split = logits_of(model, run_body(model, ids, torch.ones_like(ids)))
         torch.testing.assert_close(split, model(ids).logits.float(), rtol=1e-4, atol=1e-4)
 
 

@@ -90,7 +90,6 @@ print((held() - before) * 4096)
 def test_code_for_many_forms_is_let_go() -> None:
     cleared = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
     environment = {name: value for name, value in os.environ.items() if name not in cleared}
-    told = subprocess.run(
-        [sys.executable, "-c", MANY_FORMS], env=environment, capture_output=True, check=True
-    )
+    told = subprocess.run([sys.executable, "-c", MANY_FORMS], env=environment, capture_output=True)
+    assert told.returncode == 0, told.stderr.decode()
     assert int(told.stdout) < 100e6  # a few hundred if any cache is unbounded

@@ -71,6 +71,7 @@ class Editor:
         )
         self._sayings = Sayings(views.loaded)
         self._tidier = Tidier()
+        self._norms: dict[str, float] = {}  # of the base's matrices
         self._contexts: dict[tuple[int, int], tuple[str, ...]] = {}
         self._keys: tuple[Composition, dict[str, Tensor]] = ((), {})
         self._max_relative_norm = max_relative_norm
@@ -313,8 +314,10 @@ class Editor:
             )
         # A row of the ledger is bounded where it acts, by the clamp on its value.
         for name, change in delta.changes.items():
-            base = float(self._loaded.model.get_parameter(name).float().norm())
-            ratio = change.norm() / max(base, 1e-12)
+            if name not in self._norms:
+                base = self._loaded.model.get_parameter(name)
+                self._norms[name] = max(float(base.float().norm()), 1e-12)
+            ratio = change.norm() / self._norms[name]
             if ratio > self._max_relative_norm:
                 raise EditRejected(
                     f"{who} would change {name} by {ratio:.2f} times its own norm "

@@ -207,18 +207,28 @@ class ViewCache:
         return self.get(composition).state_hash
 
     def state_hashes(self, compositions: Sequence[Composition]) -> list[Digest]:
-        """The hash of each, several at once where there are many.
+        """The hash of each, several at once where there are many; of many no view is kept.
 
         Raises:
             JournalError: a delta is missing or damaged.
         """
+        if len(compositions) <= KEPT_PASSING:
+            return [self.state_hash(composition) for composition in compositions]
         hands = self.crew.hands(len(compositions), LEAST_STATES)
         parts = [compositions[hand::hands] for hand in range(hands)]
         found = self.crew.run([partial(self._hash_all, part) for part in parts])
         return [found[place % hands][place // hands] for place in range(len(compositions))]
 
     def _hash_all(self, compositions: Sequence[Composition]) -> list[Digest]:
-        return [self.state_hash(composition) for composition in compositions]
+        return [self._hash(composition) for composition in compositions]
+
+    def _hash(self, composition: Composition) -> Digest:
+        known = self.find(composition)
+        if known is not None:
+            return known.state_hash
+        with self._building:
+            sums = self._sum(composition)
+        return combined_digest(self._base.base, self._materialise(sums))
 
     def pin_live(self, composition: Composition) -> None:
         """Keep this view resident as the live one; the former live view joins the others."""
@@ -314,22 +324,28 @@ class ViewCache:
                 spent -= dropped.nbytes
 
     def _build(self, composition: Composition) -> View:
-        anatomy, device = self.loaded.anatomy, self.loaded.device
-        matrices: dict[str, Tensor] = {}
-        with torch.inference_mode(False), torch.no_grad():
-            sums = self._sum(composition)
-            for name in sums.names:
-                base = self.loaded.model.get_parameter(name)
-                stored = materialise(anatomy.orient(base), sums.total(name))
-                matrices[name] = anatomy.orient(stored).contiguous()
+        with torch.inference_mode(False):
+            matrices = self._materialise(self._sum(composition))
         if self._dispatched:
             model = fork(self.loaded.model)
             graft(model, matrices)
         else:
             model = graft_branch(self.loaded.model, matrices)
+        device = self.loaded.device
         if device.type == "cuda":  # whoever reads the view may compute on another stream
             torch.cuda.current_stream(device).synchronize()
         return View(composition, model, matrices, self.base.digest)
+
+    @torch.no_grad()
+    def _materialise(self, sums: Sums) -> dict[str, Tensor]:
+        """The edited matrices of a state, as the model stores them."""
+        anatomy = self.loaded.anatomy
+        matrices = {}
+        for name in sums.names:
+            base = self.loaded.model.get_parameter(name)
+            stored = materialise(anatomy.orient(base), sums.total(name))
+            matrices[name] = anatomy.orient(stored).contiguous()
+        return matrices
 
     def _sum(self, composition: Composition) -> Sums:
         changes, rows = self._divide(composition)

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from app.errors import SettingsError, UnsupportedModel
 from app.weights.loading import load_model
@@ -72,3 +72,19 @@ def test_weights_are_laid_out_where_that_is_faster_but_for_a_plain_model(
         monkeypatch.setattr("app.weights.loading.layouts_are_faster", lambda told=faster: told)
         assert (load_model(folder, device="cpu").layouts is not None) is faster
         assert load_model(folder, device="cpu", plain=True).layouts is None
+
+
+def test_texts_are_read_as_the_tokenizer_reads_them_whatever_its_file_cuts_or_fills(
+    tmp_path: Path,
+) -> None:
+    folder = save_tiny_model(tmp_path / "cutting", "llama")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=40)
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    loaded = load_model(str(folder))
+    for text in ("Ünïcode ☃, and  two spaces", "", f"a special token {tokenizer.eos_token} within"):
+        encoded, placed = loaded.encode(text), loaded.encode_with_places(text)
+        told = loaded.tokenizer(text, return_offsets_mapping=True)
+        assert encoded == told["input_ids"]
+        assert placed == (told["input_ids"], told["offset_mapping"])

@@ -211,8 +211,7 @@ class _Search:
         self._hidden = self._pass.outputs[firsts]
         self._keys = torch.split(self._pass.keys[: sum(counts)], counts)
         with torch.no_grad():
-            places = self._pass.places(spots.row, spots.column)
-            states = self._pass.unchanged.index_select(0, places)
+            states = self._pass.unchanged(spots.row, spots.column)
             said = logits_of(model, states).log_softmax(dim=-1)
         bare = [
             row

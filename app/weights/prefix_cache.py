@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache, DynamicLayer
 
 
@@ -30,25 +30,31 @@ class PrefixCache(Cache):
         """What passes write to."""
         return [tensor for layer in self._prefix for tensor in layer.held]
 
+    @property
+    def states(self) -> list[Sequence[Tensor]]:
+        """Keys and values ``(rows, heads, tokens, …)`` of each layer; none where they aren't
+        kept."""
+        return [layer.held for layer in self._prefix]
+
     @staticmethod
-    def empty(depth: int, first: int, prefix: int) -> PrefixCache:
-        return PrefixCache([PrefixLayer(prefix, kept=index >= first) for index in range(depth)])
+    def empty(depth: int, first: int) -> PrefixCache:
+        """To record a pass in the layers from ``first`` on."""
+        return PrefixCache([PrefixLayer(kept=index >= first) for index in range(depth)])
+
+    @staticmethod
+    def holding(states: Sequence[Sequence[Tensor]], prefix: int) -> PrefixCache:
+        """With recorded ``states``, of which each pass overwrites those behind the first
+        ``prefix`` columns."""
+        return PrefixCache([PrefixLayer.holding(held, prefix) for held in states])
 
     @staticmethod
     def behind(
         columns: int, cache: FirstCache, spread: Callable[[Tensor], Tensor], depth: int
     ) -> PrefixCache:
         """For one pass of rows that begin with these ``columns``, as ``begin`` takes them over."""
-        made = PrefixCache.empty(depth, first=depth, prefix=columns)
+        made = PrefixCache.empty(depth, first=depth)
         made.begin(columns, cache, spread)
         return made
-
-    @staticmethod
-    def join(caches: Sequence[PrefixCache], prefix: int, suffix: int) -> PrefixCache:
-        """The rows of several one behind the other: the last ``prefix`` columns before their
-        suffixes, and room for ``suffix`` behind."""
-        layers = zip(*(cache._prefix for cache in caches), strict=True)
-        return PrefixCache([PrefixLayer.join(parts, prefix, suffix) for parts in layers])
 
     def begin(self, columns: int, cache: FirstCache, spread: Callable[[Tensor], Tensor]) -> None:
         """Take over, as the first ``columns``, what the rows' beginnings gave, ``spread`` over the
@@ -58,26 +64,22 @@ class PrefixCache(Cache):
             states = (found.keys, found.values)
             layer.begin(columns, *(spread(each) for each in states if each is not None))
 
-    def take(self, rows: Tensor) -> PrefixCache:
-        """These rows only."""
-        return PrefixCache([layer.take(rows) for layer in self._prefix])
-
 
 class PrefixLayer(DynamicLayer):
-    """Records the first pass; each later one writes behind the first ``length`` tokens of it."""
+    """Records the first pass; one that holds its states lets each later pass write its own behind
+    the first ``length`` columns."""
 
-    def __init__(self, length: int, *, kept: bool) -> None:
+    def __init__(self, *, kept: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._length = length
         self._kept = kept
         self._columns = 0
-        self._recorded = False
+        self._length: int | None = None
 
     @staticmethod
-    def join(parts: Sequence[PrefixLayer], length: int, room: int) -> PrefixLayer:
-        made = PrefixLayer(length, kept=parts[0]._kept)
-        fitted = [[_fit(held, part._length, length, room) for held in part.held] for part in parts]
-        made._hold(*(torch.cat(alike) for alike in zip(*fitted, strict=True)))
+    def holding(states: Sequence[Tensor], length: int) -> PrefixLayer:
+        made = PrefixLayer(kept=bool(states))
+        made._length = made._columns = length
+        made._hold(*states)
         return made
 
     @property
@@ -93,7 +95,7 @@ class PrefixLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         states = [key_states, value_states]
-        if self._recorded:
+        if self._length is not None:
             places = zip(self.held, states, strict=True)
             states = [_write(each, held, self._length) for held, each in places]
         elif self.held:
@@ -108,14 +110,7 @@ class PrefixLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self._columns
 
-    def take(self, rows: Tensor) -> PrefixLayer:
-        made = PrefixLayer(self._length, kept=self._kept)
-        made._hold(*(held.index_select(0, rows) for held in self.held))
-        return made
-
     def _hold(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
-        self._recorded = True
-        self._columns = self._length
         self.keys, self.values = keys, values
 
 
@@ -137,10 +132,3 @@ class _Written(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient[..., ctx.length :, :], None, None
-
-
-def _fit(states: Tensor, before: int, length: int, room: int) -> Tensor:
-    """The last ``length`` of the ``before`` columns before the suffixes, with nothing before them
-    where there are fewer, and ``room`` behind them."""
-    last = states[..., max(0, before - length) : before, :]
-    return nn.functional.pad(last, (0, 0, length - last.shape[-2], room))

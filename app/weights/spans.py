@@ -140,18 +140,6 @@ class AlignedRows:
     prefix: int
     lines: Tensor | None = None
 
-    def take(self, rows: Tensor) -> AlignedRows:
-        """These rows only."""
-        return AlignedRows(
-            self.ids[rows],
-            self.mask[rows],
-            self.positions[rows],
-            self.changed[rows],
-            self.read[rows],
-            self.prefix,
-            None if self.lines is None else self.lines[rows],
-        )
-
     def sight(self, done: int) -> Tensor:
         """What the tokens from column ``done`` on, of the prefix or where it ends, see: as
         attention masks are, ``(rows, prefix + suffix)`` and true where there is a token, or if
@@ -171,7 +159,7 @@ def align_rows(trees: Sequence[Tree], pad_id: int, device: torch.device) -> Alig
     """Trees as tensors, padded around their common ``start`` column."""
     prefix = max(tree.start for tree in trees)
     suffix = max(len(tree.parents) for tree in trees)
-    ids, mask, positions, parents = [], [], [], []
+    ids, mask, positions = [], [], []
     read = torch.zeros(len(trees), suffix, dtype=torch.bool)
     for row, tree in enumerate(trees):
         before, behind = prefix - tree.start, suffix - len(tree.parents)
@@ -179,7 +167,6 @@ def align_rows(trees: Sequence[Tree], pad_id: int, device: torch.device) -> Alig
         mask.append([0] * before + [1] * len(tree.ids) + [0] * behind)
         known = [*range(tree.start), *tree.positions]
         positions.append([0] * before + known + [known[-1]] * behind)
-        parents.append([*tree.parents, *[-1] * behind])
         read[row, list(tree.read)] = True
     return AlignedRows(
         torch.tensor(ids, device=device),
@@ -188,8 +175,17 @@ def align_rows(trees: Sequence[Tree], pad_id: int, device: torch.device) -> Alig
         torch.tensor([tree.changed for tree in trees], device=device),
         read.to(device),
         prefix,
-        _draw_lines(parents).to(device) if any(tree.branches for tree in trees) else None,
+        draw_lines(trees, device),
     )
+
+
+def draw_lines(trees: Sequence[Tree], device: torch.device) -> Tensor | None:
+    """The ``lines`` of ``AlignedRows``."""
+    if not any(tree.branches for tree in trees):
+        return None
+    width = max(len(tree.parents) for tree in trees)
+    parents = [[*tree.parents, *[-1] * (width - len(tree.parents))] for tree in trees]
+    return _draw_lines(parents).to(device)
 
 
 def _draw_lines(parents: Sequence[Sequence[int]]) -> Tensor:
@@ -270,3 +266,30 @@ def group_alike(trees: Sequence[Tree]) -> list[list[int]]:
             groups.append(members)
         last = length
     return groups
+
+
+def group_near(trees: Sequence[Tree]) -> list[list[int]]:
+    """Indices of trees in groups that are run whole together: by what stands before their starts,
+    so that what they are padded with and the groups themselves cost least."""
+    by_start: dict[int, list[int]] = {}
+    for index, tree in enumerate(trees):
+        by_start.setdefault(tree.start, []).append(index)
+    parts = [(start, members) for start, members in sorted(by_start.items())]
+    widths = [max(len(trees[index].parents) for index in members) for _, members in parts]
+    least, cuts = [0], [0]  # of the parts up to here: what they cost, where the last group begins
+    for end in range(1, len(parts) + 1):
+        rows = width = 0
+        costs = []
+        for begin in reversed(range(end)):
+            rows += len(parts[begin][1])
+            width = max(width, widths[begin])
+            costs.append((least[begin] + rows * (parts[end - 1][0] + width) + RUN_COST, begin))
+        cost, cut = min(costs)
+        least.append(cost)
+        cuts.append(cut)
+    groups: list[list[int]] = []
+    end = len(parts)
+    while end:
+        groups.append(sorted(index for _, members in parts[cuts[end] : end] for index in members))
+        end = cuts[end]
+    return groups[::-1]

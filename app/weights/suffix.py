@@ -18,8 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from app.weights.architectures import Anatomy
+from app.weights.first_pass import FirstPass
 from app.weights.spans import Span, group_alike, grow_trees, may_branch
-from app.weights.suffix_group import Group, Kept, Site
+from app.weights.suffix_group import Group, Kept
+from app.weights.suffix_site import Site
 
 log = structlog.get_logger(__name__)
 
@@ -45,8 +47,7 @@ class SuffixPass:
 
     Making it runs the whole pass once, without gradients: ``keys`` ``(spans, d_ff)`` are the
     projection's input at the changed tokens, ``outputs`` ``(spans, d)`` the layer's output there
-    (the projection's own where a norm stands behind it), ``unchanged`` ``(tokens, d)`` the body's
-    output, true at the tokens that are read.
+    (the projection's own where a norm stands behind it). All spans are chosen at first.
     """
 
     def __init__(
@@ -60,93 +61,104 @@ class SuffixPass:
         device: torch.device,
         whole: bool = False,
     ) -> None:
-        self._all = self._spans = list(spans)
-        site = Site(model, anatomy, layer, pad_id, device)
+        self._all = list(spans)
+        self._whole = whole
+        self._site = site = Site(model, anatomy, layer, pad_id, device)
         longest = max(len(span.ids) for span in spans)
         trees = grow_trees(spans, branching=not whole and may_branch(model.config, longest))
         branched = next((tree for tree in trees if tree.branches), None)
         if branched is not None and not _branches_well(site, [spans[i] for i in branched.spans]):
             trees = grow_trees(spans, branching=False)
-        self._recorded = []
-        seen = []
-        for members in group_alike(trees):
-            group, first = Group.record(site, [trees[index] for index in members], whole=whole)
-            self._recorded.append(group)
-            seen.append(first)
-        self._groups = self._recorded
-        self._locate()
-        self.keys = torch.cat([first.keys for first in seen])[self._tree_of]
-        self.outputs = torch.cat([first.outputs for first in seen])[self._tree_of]
-        self.unchanged = _joined([first.unchanged.flatten(0, 1) for first in seen])
+        self._trees = trees
+        self._first = FirstPass(site, trees, whole=whole)
+        self._paths: list[Sequence[int]] = [()] * len(spans)
+        tree_of = [0] * len(spans)
+        for index, (tree, begins_at) in enumerate(zip(trees, self._first.begin_at, strict=True)):
+            for span, path in zip(tree.spans, tree.columns, strict=True):
+                tree_of[span] = index
+                self._paths[span] = [begins_at + tree.start + column for column in path]
+        of_span = torch.tensor(tree_of, device=device)
+        self.keys = self._first.keys[of_span]
+        self.outputs = self._first.outputs[of_span]
+        self._groups: list[Group] = []
+
+    def unchanged(self, spans: Tensor, columns: Tensor) -> Tensor:
+        """The unchanged body's output ``(tokens, d)`` at these tokens, that are read, of all
+        spans, as ``places`` counts them."""
+        return self._first.unchanged.index_select(
+            0, _as_table(self._paths, spans.device)[spans, columns]
+        )
 
     def run(self, deltas: Tensor) -> Tensor:
         """The body's output ``(tokens, d)`` with ``deltas`` ``(chosen spans, d)``, alike for spans
         of one owner, added to the projection's output at the changed tokens; differentiable in
         ``deltas`` until the next pass. It is true at the tokens that are read."""
-        counts = [len(group.trees) for group in self._groups]
+        groups = self._chosen()
+        counts = [len(group.trees) for group in groups]
         parts = torch.split(deltas.index_select(0, self._leaders), counts)
-        found = zip(self._groups, parts, strict=True)
-        return _joined([group.run(part).flatten(0, 1) for group, part in found])
+        found = [group.run(part).flatten(0, 1) for group, part in zip(groups, parts, strict=True)]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     @property
     def buffers(self) -> list[Tensor]:
         """What each pass writes to, over what the one before it wrote."""
-        return [tensor for group in self._groups for tensor in group.buffers]
+        return [tensor for group in self._chosen() for tensor in group.buffers]
 
     def places(self, spans: Tensor, columns: Tensor) -> Tensor:
         """Where the output has the tokens in these ``columns``, counted from each span's start, of
         spans counted among the chosen ones."""
+        self._chosen()
         return self._places[spans, columns]
 
     @property
     def tokens(self) -> int:
         """How many tokens each pass runs, padding included."""
-        return sum(group.tokens for group in self._groups)
+        return sum(group.tokens for group in self._chosen())
 
     def choose(self, spans: Tensor) -> None:
-        """Run only these of all spans, in rising order, until others are chosen. What the first
-        pass has seen of the others is kept; those chosen are grouped anew."""
+        """Run only these of all spans, in rising order, until others are chosen."""
         number = {old: new for new, old in enumerate(spans.tolist())}
-        self._spans = [self._all[old] for old in number]
-        if len(number) == len(self._all):
-            self._groups = self._recorded
-            self._locate()
-            return
+        chosen = [self._all[old] for old in number]
         kept = [
-            Kept(tree, row, group, number, self._spans)
-            for group in self._recorded
-            for row, tree in enumerate(group.trees)
+            Kept(tree, begins_at, number, chosen)
+            for tree, begins_at in zip(self._trees, self._first.begin_at, strict=True)
             if not number.keys().isdisjoint(tree.spans)
         ]
         self._groups = [
-            Group.join([kept[index] for index in sorted(members)])
+            Group(self._site, self._first, [kept[index] for index in members], whole=self._whole)
             for members in group_alike([each.tree for each in kept])
         ]
-        self._locate()
+        self._locate(len(chosen))
 
     def run_whole(self) -> None:
         """Run every layer on every token from now on."""
-        for group in (*self._recorded, *self._groups):
+        self._whole = True
+        for group in self._groups:
             group.run_whole()
 
-    def _locate(self) -> None:
+    def _chosen(self) -> list[Group]:
+        if not self._groups:
+            self.choose(torch.arange(len(self._all)))
+        return self._groups
+
+    def _locate(self, count: int) -> None:
         """Find each span's tokens among those of all groups."""
         leaders: list[int] = []
-        tree_of = [0] * len(self._spans)
-        places: list[list[int]] = [[]] * len(self._spans)
+        places: list[Sequence[int]] = [()] * count
         before = 0
         for group in self._groups:
-            for row, tree in enumerate(group.trees):
+            for tree in group.trees:
                 for span, path in zip(tree.spans, tree.columns, strict=True):
-                    tree_of[span] = len(leaders)
-                    places[span] = [before + row * group.width + column for column in path]
+                    places[span] = [before + column for column in path]
                 leaders.append(tree.spans[0])
-            before += len(group.trees) * group.width
-        width = max(len(path) for path in places)
-        device = self._groups[0].device
-        self._leaders = torch.tensor(leaders, device=device)
-        self._tree_of = torch.tensor(tree_of, device=device)
-        self._places = torch.tensor([p + [0] * (width - len(p)) for p in places], device=device)
+                before += group.width
+        self._leaders = torch.tensor(leaders, device=self._site.device)
+        self._places = _as_table(places, self._site.device)
+
+
+def _as_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
 
 
 def _branches_well(site: Site, spans: Sequence[Span]) -> bool:
@@ -155,15 +167,15 @@ def _branches_well(site: Site, spans: Sequence[Span]) -> bool:
     code = type(site.model), site.model.config._attn_implementation
     if code not in _CHECKED:
         found = []
-        for trees in (grow_trees(spans, branching=True), grow_trees(spans, branching=False)):
-            group, seen = Group.record(site, trees, whole=False)
-            hidden = seen.unchanged.float()
-            ends = [
-                (span, hidden[row, path[max(_read_of(spans[span]))]])
-                for row, tree in enumerate(group.trees)
+        for branching in (True, False):
+            trees = grow_trees(spans, branching=branching)
+            first = FirstPass(site, trees, whole=False)
+            ends = {
+                span: begins_at + tree.start + path[max(_read_of(spans[span]))]
+                for tree, begins_at in zip(trees, first.begin_at, strict=True)
                 for span, path in zip(tree.spans, tree.columns, strict=True)
-            ]
-            found.append(torch.stack([end for _, end in sorted(ends, key=lambda each: each[0])]))
+            }
+            found.append(first.unchanged[[ends[span] for span in range(len(spans))]].float())
         error = float((found[0] - found[1]).std() / found[1].std())
         _CHECKED[code] = error <= (MOST_OFF if site.model.dtype == torch.float32 else COARSE_OFF)
         if not _CHECKED[code]:
@@ -175,7 +187,3 @@ def _read_of(span: Span) -> list[int]:
     """The tokens read, from the span's start."""
     read = range(span.start, len(span.ids)) if span.read is None else span.read
     return [token - span.start for token in read]
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import processors
 
 from app.domain import Sampling
 from app.errors import ContextExceeded, InvalidInput
@@ -17,7 +18,7 @@ from app.weights.decoding import (
     sample_token,
 )
 from app.weights.loading import LoadedModel
-from tests.tiny import CONFIGS, TinyModels
+from tests.tiny import CONFIGS, TinyModels, train_tokenizer
 
 PROMPTS = ["The capital of France is", "Berlin", "Madrid is the capital of Spain. Italy"]
 
@@ -121,13 +122,11 @@ def test_an_empty_prompt_without_a_begin_token_is_refused(tiny: TinyModels) -> N
     assert ids == []
 
 
-def test_nothing_to_continue_is_invalid_input(
-    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = tiny.load()
-    monkeypatch.setattr(type(loaded.tokenizer), "__call__", lambda *_, **__: {"input_ids": []})
+def test_nothing_to_continue_is_invalid_input(tiny: TinyModels) -> None:
+    tokenizer = train_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()  # puts nothing before it
     with pytest.raises(InvalidInput, match="empty"):
-        encode_prompt(loaded, "")
+        encode_prompt(replace(tiny.load(), tokenizer=tokenizer), "")
 
 
 @pytest.mark.parametrize(

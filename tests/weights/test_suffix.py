@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,11 +18,13 @@ from app.weights.architectures import dissect, recognise
 from app.weights.fork import fork
 from app.weights.language_model import LanguageModel
 from app.weights.spans import (
+    RUN_COST,
     Span,
     Tree,
     align_rows,
     find_beginnings,
     group_alike,
+    group_near,
     grow_trees,
     may_branch,
 )
@@ -335,6 +338,28 @@ def test_the_first_pass_sees_keys_and_outputs_where_the_layer_changes(model_type
         torch.testing.assert_close(made.outputs[index], outputs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "falcon", "gemma2", "llama", "opt"])
+def test_rows_recorded_in_several_passes_keep_their_order(
+    monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    model, rows = build(model_type), spans()
+    together = make_pass(model, 1, rows)
+    monkeypatch.setattr("app.weights.spans.RUN_COST", 0)  # each start runs by itself
+    made = make_pass(model, 1, rows)
+    torch.testing.assert_close(made.keys, together.keys, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made.outputs, together.outputs, rtol=1e-4, atol=1e-4)
+    deltas = torch.randn(len(rows), WIDTH, generator=torch.Generator().manual_seed(1))
+    lengths = [len(span.ids) - span.start for span in rows]
+    found = made.run(deltas)
+    for index, (span, at) in enumerate(zip(rows, places(made, lengths), strict=True)):
+        changed = run_alone(model, 1, span, deltas[index])
+        torch.testing.assert_close(found[at], changed, rtol=1e-4, atol=1e-4)
+        columns = torch.arange(lengths[index])
+        unchanged = made.unchanged(torch.full_like(columns, index), columns)
+        as_it_was = run_alone(model, 1, span, torch.zeros(WIDTH))
+        torch.testing.assert_close(unchanged, as_it_was, rtol=1e-4, atol=1e-4)
+
+
 def test_rows_that_are_chosen_give_what_they_give_among_all() -> None:
     model, rows = build("llama"), spans()
     deltas = torch.randn(len(rows), WIDTH, generator=torch.Generator().manual_seed(1))
@@ -461,6 +486,37 @@ def test_rows_run_apart_only_where_padding_would_cost_more() -> None:
         list(range(20)),
         list(range(20, 30)),
     ]
+
+
+def cost_of(trees: Sequence[Tree], groups: Iterable[Sequence[int]]) -> int:
+    """Tokens that whole passes of these groups run, padding included, and the passes' own cost."""
+    return sum(
+        len(group)
+        * (
+            max(trees[index].start for index in group)
+            + max(len(trees[index].parents) for index in group)
+        )
+        + RUN_COST
+        for group in groups
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_run_whole_in_the_groups_that_cost_least(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    kinds = torch.randint(1, 25, (5, 3), generator=generator).tolist()
+    spans = [Span([1] * (start + n), start, start) for start, n, rows in kinds for _ in range(rows)]
+    order = torch.randperm(len(spans), generator=generator).tolist()
+    trees = alone([spans[index] for index in order])
+    groups = group_near(trees)
+    assert sorted(index for group in groups for index in group) == list(range(len(trees)))
+    starts = sorted({tree.start for tree in trees})
+    for cuts in product([False, True], repeat=len(starts) - 1):
+        parts = [[starts[0]]]
+        for start, cut in zip(starts[1:], cuts, strict=True):
+            parts = [*parts, [start]] if cut else [*parts[:-1], [*parts[-1], start]]
+        others = [[i for i, tree in enumerate(trees) if tree.start in part] for part in parts]
+        assert cost_of(trees, groups) <= cost_of(trees, others)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ def draw(seed: int) -> Tensor:
 
 
 def compute(loss: Loss, inputs: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    given = inputs.clone().requires_grad_()
+    """Of inputs in one piece: a product's last bit may go by how they lie (MKL on Intel's)."""
+    given = inputs.clone(memory_format=torch.contiguous_format).requires_grad_()
     outputs = loss(given)
     (gradient,) = torch.autograd.grad(outputs[-1].sum(), given)
     return tuple(output.detach() for output in outputs), gradient

@@ -69,7 +69,7 @@ class Editor:
         self._statistics = Statistics(
             views.loaded, folder=data, corpus=corpus, tokens=statistics_tokens
         )
-        self._sayings = Sayings(views.loaded)
+        self._sayings = Sayings(views.loaded, views.crew)
         self._tidier = Tidier()
         self._norms: dict[str, float] = {}  # of the base's matrices
         self._contexts: dict[tuple[int, int], tuple[str, ...]] = {}

@@ -103,7 +103,7 @@ def optimise_together(
     several prompts and steps relative to the hidden state.
     """
     names = [facts[0].subject for facts in subjects]
-    heard = (sayings or Sayings(loaded)).of(names, settings.self_essence)
+    heard = (sayings or Sayings(loaded, crew)).of(names, settings.self_essence)
     traced = [
         trace_facts(loaded, facts, contexts, settings.essence, said)
         for facts, said in zip(subjects, heard, strict=True)

@@ -85,7 +85,7 @@ class DeltaStore:
             return
         path = self._path(digest)
         try:
-            if self.check([digest]):
+            if not path.is_file() or self.check([digest]):
                 self._write(path, payload)
             else:
                 # An earlier writer may have been stopped between its rename and this.

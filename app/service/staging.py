@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from app.domain import Digest, Proposal
 from app.ports import DeltaStore
+
+WRITTEN_AT_ONCE = 4  # files, each of which waits for the disk twice
 
 
 class Staging:
@@ -25,10 +28,19 @@ class Staging:
         return tuple(digests)
 
     def persist(self, digests: Iterable[Digest]) -> None:
-        """Write those of ``digests`` that are staged here, so that they survive a power cut."""
-        for digest in dict.fromkeys(digests):
-            if digest in self._staged:
+        """Write those of ``digests`` that are staged here, so that they survive a power cut.
+
+        Raises:
+            JournalError: one can't be written; others may have been.
+        """
+        staged = set(self._staged)
+        wanted = [digest for digest in dict.fromkeys(digests) if digest in staged]
+        if len(wanted) <= WRITTEN_AT_ONCE:
+            for digest in wanted:
                 self._store.persist(digest)
+            return
+        with ThreadPoolExecutor(WRITTEN_AT_ONCE, "deltas") as pool:
+            list(pool.map(self._store.persist, wanted))
 
     def clear(self) -> None:
         for digest in self._staged:

@@ -31,6 +31,8 @@ class LowRank:
     @staticmethod
     def joined(parts: Sequence[LowRank]) -> LowRank:
         """The sum of several, at the sum of their ranks."""
+        if len(parts) == 1:
+            return parts[0]
         return LowRank(
             torch.cat([part.left for part in parts], dim=1),
             torch.cat([part.right for part in parts], dim=1),

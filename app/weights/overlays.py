@@ -55,11 +55,10 @@ def lay(views: ViewCache, composition: Composition, anchor: View, max_rank: int)
     factors = views.factors(composition, anchor.composition, max_rank)
     if factors is None:
         return None
-    parameter = views.loaded.model.get_parameter
+    model = views.loaded.model
+    devices = {name: model.get_parameter(name).device for name in factors}
     placed = {
-        name: LowRank(
-            factor.left.to(parameter(name).device), factor.right.to(parameter(name).device)
-        )
+        name: LowRank(factor.left.to(devices[name]), factor.right.to(devices[name]))
         for name, factor in factors.items()
     }
     return Overlay(composition, anchor, placed)

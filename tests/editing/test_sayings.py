@@ -13,6 +13,7 @@ from app.domain import Fact
 from app.editing.parameters import ValueParameters
 from app.editing.sayings import Sayings
 from app.editing.values import Value, optimise_values
+from app.weights.cores import Crew
 from app.weights.decoding import Row, run_to_end
 from app.weights.language_model import LanguageModel
 from app.weights.loading import LoadedModel
@@ -107,6 +108,16 @@ def test_a_subject_is_heard_once(tiny: TinyModels, draws: list[int]) -> None:
     assert first[0] == first[2] != first[1]
     assert sayings.of(["Madrid", "France"], 3)[1] == first[0]
     assert draws == [6, 3]
+
+
+def test_several_threads_hear_what_one_does(
+    tiny: TinyModels, draws: list[int], monkeypatch: pytest.MonkeyPatch, two_cores: None
+) -> None:
+    loaded, subjects = tiny.load("llama"), ["France", "Berlin", "Madrid", "Rome", "Paris"]
+    alone = Sayings(loaded).of(subjects, 3)
+    monkeypatch.setattr(sayings_module, "LEAST_ROWS", 4)
+    assert Sayings(loaded, Crew(loaded.device)).of(subjects, 3) == alone
+    assert sorted(draws) == [6, 9, 15]
 
 
 def test_another_number_of_sayings_is_drawn_anew(tiny: TinyModels, draws: list[int]) -> None:

@@ -64,10 +64,10 @@ class FirstPass:
         self._ids = torch.tensor(ids, device=site.device)
         self._positions = torch.tensor(positions, device=site.device)
         self._entry = _join([each.entry for each in seen])
-        self._states = [
-            [_join(parts) for parts in zip(*layer, strict=True)]
-            for layer in zip(*(each.states for each in seen), strict=True)
-        ]
+        self._states = []
+        for _ in range(site.depth):  # each layer's parts go as soon as they are joined
+            parts = zip(*(each.states.pop(0) for each in seen), strict=True)
+            self._states.append([_join(part) for part in parts])
 
     def align(
         self, table: Tensor, prefix: int, changed: Tensor, read: Tensor, lines: Tensor | None
@@ -85,7 +85,7 @@ class FirstPass:
 
     def cache(self, table: Tensor, prefix: int) -> PrefixCache:
         """Keys and values of the first ``prefix`` columns, with room for the others."""
-        places: dict[int, Tensor] = {}  # by the number of heads
+        places: dict[int, Tensor] = {}  # by the number of heads, which layers may differ in
 
         def gather(states: Tensor) -> Tensor:
             heads, size = states.shape[1:]
@@ -108,7 +108,7 @@ def _run(site: Site, trees: Sequence[Tree], *, whole: bool) -> _Seen:
     done = _run_beginnings(site, cache, shared) if shared else 0
     ids = rows.ids[:, done:]
     index = torch.arange(len(ids), device=ids.device)
-    real = rows.mask.bool()
+    real = rows.mask.flatten().nonzero()[:, 0]
     seen: dict[str, Tensor] = {}
 
     def at_change(name: str) -> Callable[[Tensor], Tensor]:
@@ -124,8 +124,11 @@ def _run(site: Site, trees: Sequence[Tree], *, whole: bool) -> _Seen:
     def receive_keys(inputs: Tensor) -> None:
         receive_at_projection(inputs)
 
+    def take_real(columns: Tensor) -> Tensor:
+        return columns.flatten(0, 1).index_select(0, real.to(columns.device))
+
     def by_token(hidden: Tensor) -> Tensor:
-        return pad(hidden, (0, 0, done, 0))[real.to(hidden.device)]
+        return take_real(pad(hidden, (0, 0, done, 0)))
 
     def receive_entry(hidden: Tensor) -> None:
         seen["entry"] = by_token(hidden)
@@ -142,9 +145,7 @@ def _run(site: Site, trees: Sequence[Tree], *, whole: bool) -> _Seen:
         tracing_input(anatomy.layer(model, site.first), receive_entry),
     ):
         hidden = run_body(model, ids, site.sight(rows, done), rows.positions[:, done:], cache)
-    states = [
-        [held.transpose(1, 2)[real.to(held.device)] for held in layer] for layer in cache.states
-    ]
+    states = [[take_real(held.transpose(1, 2)) for held in layer] for layer in cache.states]
     return _Seen(seen["keys"], seen["outputs"], by_token(hidden), seen["entry"], states)
 
 

@@ -269,11 +269,17 @@ def group_alike(trees: Sequence[Tree]) -> list[list[int]]:
 
 
 def group_near(trees: Sequence[Tree]) -> list[list[int]]:
-    """Indices of trees in groups that are run whole together: by what stands before their starts,
-    so that what they are padded with and the groups themselves cost least."""
+    """Indices of trees in groups that are run whole together: those of like suffixes
+    (``group_alike``), cut where it costs least by what stands before their starts."""
+    return [group for alike in group_alike(trees) for group in _cut_by_start(trees, alike)]
+
+
+def _cut_by_start(trees: Sequence[Tree], alike: Sequence[int]) -> list[list[int]]:
+    """These trees in groups of neighbouring starts, so that what they are padded with and the
+    groups themselves cost least."""
     by_start: dict[int, list[int]] = {}
-    for index, tree in enumerate(trees):
-        by_start.setdefault(tree.start, []).append(index)
+    for index in alike:
+        by_start.setdefault(trees[index].start, []).append(index)
     parts = [(start, members) for start, members in sorted(by_start.items())]
     widths = [max(len(trees[index].parents) for index in members) for _, members in parts]
     least, cuts = [0], [0]  # of the parts up to here: what they cost, where the last group begins

@@ -117,6 +117,7 @@ class SuffixPass:
 
     def choose(self, spans: Tensor) -> None:
         """Run only these of all spans, in rising order, until others are chosen."""
+        self._groups = []  # lets go of what they hold before others take as much
         number = {old: new for new, old in enumerate(spans.tolist())}
         chosen = [self._all[old] for old in number]
         kept = [

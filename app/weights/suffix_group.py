@@ -71,10 +71,6 @@ class Group:
         self._sparse = site.find_sparse(self._rows, prefix, range(site.layer + 1, site.depth))
 
     @property
-    def device(self) -> torch.device:
-        return self._site.device
-
-    @property
     def width(self) -> int:
         """Columns of the output."""
         return self._rows.read.shape[1]

@@ -81,6 +81,8 @@ def test_texts_are_read_as_the_tokenizer_reads_them_whatever_its_file_cuts_or_fi
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=40)
+    tokenizer.split_special_tokens = True
+    tokenizer.save_pretrained(folder)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     loaded = load_model(str(folder))
     for text in ("Ünïcode ☃, and  two spaces", "", f"a special token {tokenizer.eos_token} within"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from app.weights import suffix as suffix_module
 from app.weights.architectures import dissect, recognise
+from app.weights.body import run_body
 from app.weights.fork import fork
 from app.weights.language_model import LanguageModel
 from app.weights.spans import (
@@ -360,6 +362,44 @@ def test_rows_recorded_in_several_passes_keep_their_order(
         torch.testing.assert_close(unchanged, as_it_was, rtol=1e-4, atol=1e-4)
 
 
+def test_whole_passes_begin_with_whole_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tokens see later ones, what texts begin with must not run by itself."""
+    runs: list[tuple[int, ...]] = []
+
+    def noted(model: LanguageModel, ids: Tensor, *rest: Any) -> Tensor:
+        runs.append(tuple(ids.shape))
+        return run_body(model, ids, *rest)
+
+    monkeypatch.setattr("app.weights.first_pass.run_body", noted)
+    rows = [Span([*range(3, 33), 40 + n], 30, 30) for n in range(8)]
+    make_pass(build("llama"), 1, rows)
+    assert runs == [(1, 30), (8, 1)]
+    runs.clear()
+    make_pass(build("llama"), 1, rows, whole=True)
+    assert runs == [(8, 31)]
+
+
+def test_only_what_is_read_of_the_chosen_runs_through_the_last_mlp() -> None:
+    model = build("llama")
+    anatomy = dissect(model, recognise(model.config))
+    tokens: list[int] = []
+
+    def count(plain: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        tokens.append(hidden.shape[:-1].numel())
+        return plain(hidden)
+
+    for layer in (2, 3):
+        mlp = anatomy.layer(model, layer).get_submodule("mlp")
+        mlp.forward = partial(count, mlp.forward)
+    rows = [Span(range(3, 12), 4, 4, [7, 8]), Span(range(3, 8), 1, 2, [4])] * 2
+    suffix = make_pass(model, 1, rows)
+    for kept, counts in (([0, 1, 2, 3], [18, 6]), ([1, 2], [9, 3])):
+        suffix.choose(torch.tensor(kept))
+        tokens.clear()
+        suffix.run(torch.zeros(len(kept), WIDTH))
+        assert tokens == counts
+
+
 def test_rows_that_are_chosen_give_what_they_give_among_all() -> None:
     model, rows = build("llama"), spans()
     deltas = torch.randn(len(rows), WIDTH, generator=torch.Generator().manual_seed(1))
@@ -501,11 +541,16 @@ def cost_of(trees: Sequence[Tree], groups: Iterable[Sequence[int]]) -> int:
     )
 
 
+def test_a_long_row_pads_no_short_ones_that_start_where_it_does() -> None:
+    short, long = Span([1] * 11, 3, 3), Span([1] * 203, 3, 3)
+    assert group_near(alone([short, long, *[short] * 10])) == [[0, *range(2, 12)], [1]]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_rows_run_whole_in_the_groups_that_cost_least(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    kinds = torch.randint(1, 25, (5, 3), generator=generator).tolist()
-    spans = [Span([1] * (start + n), start, start) for start, n, rows in kinds for _ in range(rows)]
+    kinds = torch.randint(1, 25, (5, 2), generator=generator).tolist()
+    spans = [Span([1] * (start + 7), start, start) for start, rows in kinds for _ in range(rows)]
     order = torch.randperm(len(spans), generator=generator).tolist()
     trees = alone([spans[index] for index in order])
     groups = group_near(trees)

@@ -58,7 +58,9 @@ def test_many_states_have_the_hashes_they_have_one_by_one(
         (add_delta(deltas, loaded, seed),) for seed in range(2 * LEAST_STATES)
     ]
     states += [(), states[0]]
-    found = deltas.views(loaded).state_hashes(states)
+    many = deltas.views(loaded)
+    found = many.state_hashes(states)
+    assert many.describe()["views_resident"] == 1  # the base: of many, none is kept
     one_by_one = deltas.views(loaded)
     assert found == [one_by_one.state_hash(state) for state in states]
     assert len(set(found)) == 2 * LEAST_STATES + 1

@@ -60,11 +60,10 @@ class Site:
         """MLPs of these layers with the places, from column ``done`` on, at which they need run:
         where there is no padding, and behind the last attention where the output is read."""
         read = nn.functional.pad(rows.read, (rows.prefix - done, 0))
-        behind = {self.depth - 1: _places(read)}
-        elsewhere = _places(rows.mask[:, done:].bool())
+        behind, elsewhere = _places(read), _places(rows.mask[:, done:].bool())
         found = []
         for index in layers:
-            places = behind.get(index, elsewhere)
+            places = behind if index == self.depth - 1 else elsewhere
             if places is not None and (mlp := self._find_mlp(index)):
                 found.append((mlp, places))
         return found

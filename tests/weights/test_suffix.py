@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from app.weights import suffix as suffix_module
 from app.weights.architectures import dissect, recognise
+from app.weights.attention import LEAST_HEADS
 from app.weights.body import run_body
 from app.weights.fork import fork
 from app.weights.language_model import LanguageModel
@@ -107,9 +108,14 @@ def run_alone(model: LanguageModel, layer: int, span: Span, delta: Tensor) -> Te
     return hidden[0, span.start :]
 
 
+@pytest.mark.parametrize("least_heads", [1, LEAST_HEADS])
 @pytest.mark.parametrize("layer", [0, 1, 3])
 @pytest.mark.parametrize("name", [*sorted(CONFIGS), *VARIANTS])
-def test_a_suffix_pass_is_the_whole_pass_of_each_row_alone(name: str, layer: int) -> None:
+def test_a_suffix_pass_is_the_whole_pass_of_each_row_alone(
+    name: str, layer: int, least_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by the attention that many rows get."""
+    monkeypatch.setattr("app.weights.attention.LEAST_HEADS", least_heads)
     model, rows = build(name), spans()
     deltas = torch.randn(len(rows), WIDTH, generator=torch.Generator().manual_seed(1))
     mine = deltas.clone().requires_grad_(True)
@@ -126,6 +132,24 @@ def test_a_suffix_pass_is_the_whole_pass_of_each_row_alone(name: str, layer: int
     (gradient,) = torch.autograd.grad((weights * real).sum(), mine)
     (plain,) = torch.autograd.grad((weights * torch.cat(expected)).sum(), theirs)
     torch.testing.assert_close(gradient, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_many_rows_attend_by_one_product() -> None:
+    rows = [Span([5, 6 + n, 7, 8], 2, 2) for n in range(LEAST_HEADS)]
+    deltas = torch.zeros(len(rows), WIDTH, requires_grad=True)
+    found = make_pass(build("llama"), 1, rows).run(deltas)
+    assert "_AttendedBackward" in names_of(found.grad_fn)
+
+
+def names_of(node: Any) -> set[str]:
+    """What a graph's nodes are called."""
+    waiting, seen = [node], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return {node.name() for node in seen}
 
 
 def test_a_gradient_holds_until_the_next_pass() -> None:
@@ -152,9 +176,13 @@ def branching_spans() -> list[Span]:
     ]
 
 
+@pytest.mark.parametrize("least_heads", [1, LEAST_HEADS])
 @pytest.mark.parametrize("name", [*sorted(CONFIGS), *VARIANTS])
-def test_branches_are_the_whole_passes_of_each_span_alone(name: str) -> None:
-    """Also of those that are chosen of a row."""
+def test_branches_are_the_whole_passes_of_each_span_alone(
+    name: str, least_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of those that are chosen of a row, and by the attention that many rows get."""
+    monkeypatch.setattr("app.weights.attention.LEAST_HEADS", least_heads)
     model, rows = build(name), branching_spans()
     amounts = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(1))
     made = make_pass(model, 1, rows)

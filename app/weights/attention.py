@@ -8,6 +8,7 @@ nothing there is differentiated (docs/decisions/suffix-passes.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,14 +16,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 LEAST_HEADS = 64  # of all rows; with fewer, the calls cost more than they gain
 MOST_SCORES = 2_048  # of a row and head; PyTorch's kernel is made for more
 
 
+def attending(
+    model: PreTrainedModel, rows: int, given: int, queries: int
+) -> AbstractContextManager[Any]:
+    """A context in which the model attends by ``FewQueries``, if so many rows gain by that: each
+    has so many ``queries`` behind so many ``given`` keys."""
+    pays = (
+        rows * model.config.num_attention_heads >= LEAST_HEADS
+        and queries * (given + queries) <= MOST_SCORES
+        and model.dtype == torch.float32
+        and model.device.type == "cpu"
+    )
+    return FewQueries(given) if pays else nullcontext()
+
+
 class FewQueries(TorchFunctionMode):
-    """Within it, models attend as this module does where that is faster, with the same results up
-    to rounding. Gradients of the first ``given`` keys and values are left out: they are zero."""
+    """Within it, ``scaled_dot_product_attention`` with a mask, of as many queries as there are keys
+    behind the first ``given`` ones, is what this module does. The results are the same up to
+    rounding where a query sees anything; a mask of numbers leaves each query something finite.
+    Gradients of the given keys and values are left out: they are zero."""
 
     def __init__(self, given: int) -> None:
         super().__init__()
@@ -47,35 +65,30 @@ class FewQueries(TorchFunctionMode):
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
-        **options: Any,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> Tensor:
-        other = dropout_p or is_causal or options.get("enable_gqa")
-        if other or attn_mask is None or not self._gains(query, key, value, attn_mask):
+        alike = query.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
+        fits = alike and key.shape[2] == self._given + query.shape[2]
+        if attn_mask is None or attn_mask.requires_grad or dropout_p or not fits:
             return scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, **options
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
             )
         if attn_mask.dtype == torch.bool:
             seen = torch.zeros((), dtype=query.dtype)
             attn_mask = seen.where(attn_mask, torch.finfo(query.dtype).min)
-        scale = options.get("scale")
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if scale is None:
+            scale = query.shape[-1] ** -0.5
         found: Tensor = _Attended.apply(query, key, value, attn_mask, scale, self._given)  # type: ignore[no-untyped-call]
         return found
-
-    def _gains(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
-        if query.dim() != 4 or query.device.type != "cpu" or query.dtype != torch.float32:
-            return False
-        rows, heads, queries, _ = query.shape
-        keys = key.shape[2]
-        return (
-            torch.is_grad_enabled()
-            and query.requires_grad
-            and not mask.requires_grad
-            and rows * heads >= LEAST_HEADS
-            and queries * keys <= MOST_SCORES
-            and keys == self._given + queries
-            and key.shape[:2] == value.shape[:2] == query.shape[:2]
-        )
 
 
 class _Attended(torch.autograd.Function):
@@ -88,7 +101,7 @@ class _Attended(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, given: int
     ) -> Tensor:
         ctx.shape, ctx.scale, ctx.given = query.shape[:2], scale, given
-        queries, keys, values = (each.flatten(0, 1) for each in (query, key, value))
+        queries, keys, values = (each.detach().flatten(0, 1) for each in (query, key, value))
         apart = mask.expand(*ctx.shape, queries.shape[1], keys.shape[1]).flatten(0, 1)
         scores = torch.baddbmm(apart, queries, keys.transpose(1, 2), alpha=scale)
         weights = scores.softmax(dim=-1)

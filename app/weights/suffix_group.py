@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from app.weights.attention import FewQueries
+from app.weights.attention import attending
 from app.weights.body import run_body
 from app.weights.first_pass import PADDING, FirstPass
 from app.weights.spans import Span, Tree, draw_lines, grow_tree
@@ -93,7 +93,7 @@ class Group:
             layers = [site.anatomy.layer(site.model, index) for index in range(site.first + 1)]
             stack.enter_context(beginning_at(layers, entry))
             stack.enter_context(running_sparsely(self._sparse))
-            stack.enter_context(FewQueries(rows.prefix))
+            stack.enter_context(attending(site.model, len(entry), rows.prefix, self.width))
             return run_body(
                 site.model,
                 rows.ids[:, rows.prefix :],

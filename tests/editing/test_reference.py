@@ -15,6 +15,7 @@ from app.domain import Fact
 from app.editing.editor import Editor
 from app.editing.parameters import ValueParameters
 from app.editing.values import LEAST_AHEAD, MOST_RECORDED, Value, optimise_values
+from app.weights.attention import LEAST_HEADS
 from app.weights.delta import Delta, LowRank
 from app.weights.laid_out import LayoutCache
 from app.weights.onednn import is_available
@@ -76,14 +77,18 @@ def test_a_value_is_the_plain_searchs(
         torch.testing.assert_close(value.hidden, plain.hidden, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("optimiser", ["adam", "polyak"])
+@pytest.mark.parametrize(
+    ("optimiser", "least_heads"), [("adam", LEAST_HEADS), ("polyak", LEAST_HEADS), ("polyak", 1)]
+)
 @pytest.mark.parametrize("model_type", sorted(CONFIGS))
 def test_a_value_found_by_a_tape_is_the_one_found_without_to_the_bit(
     make_editor: MakeEditor,
     model_type: str,
     optimiser: Literal["adam", "polyak"],
+    least_heads: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("app.weights.attention.LEAST_HEADS", least_heads)
     _, views = make_editor(model_type, "bfloat16" if optimiser == "adam" else "float32")
     settings = ValueParameters(
         steps=STEPS, optimiser=optimiser, stop_loss=0.0, patience=0, bare_until=None

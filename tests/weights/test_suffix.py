@@ -152,7 +152,11 @@ def names_of(node: Any) -> set[str]:
     return {node.name() for node in seen}
 
 
-def test_a_gradient_holds_until_the_next_pass() -> None:
+@pytest.mark.parametrize("least_heads", [1, LEAST_HEADS])
+def test_a_gradient_holds_until_the_next_pass(
+    least_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.weights.attention.LEAST_HEADS", least_heads)
     made = make_pass(build("gpt2"), 1, spans())
     z = torch.randn(len(spans()), WIDTH, generator=torch.Generator().manual_seed(1))
     first = made.run(z.requires_grad_(True))

@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 from torch import Tensor
 from torch.testing import assert_close
 
+from app.weights.attention import LEAST_HEADS
 from app.weights.recording import CannotRecord
 from app.weights.spans import Span
 from app.weights.suffix import SuffixPass, why_whole
@@ -338,11 +339,19 @@ def record_suffix(tiny: TinyModels, model_type: str, *, whole: bool) -> tuple[Su
     return rows, deltas
 
 
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("whole", "least_heads"), [(False, LEAST_HEADS), (False, 1), (True, LEAST_HEADS)]
+)
 @pytest.mark.parametrize("model_type", sorted(CONFIGS))
 def test_the_passes_of_every_architecture_can_be_recorded(
-    tiny: TinyModels, model_type: str, whole: bool
+    tiny: TinyModels,
+    model_type: str,
+    whole: bool,
+    least_heads: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Also by the attention that many rows get."""
+    monkeypatch.setattr("app.weights.attention.LEAST_HEADS", least_heads)
     config = tiny.load(model_type).model.config
     rows, deltas = record_suffix(tiny, model_type, whole=whole or why_whole(config) is not None)
 

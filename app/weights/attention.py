@@ -71,7 +71,8 @@ class FewQueries(TorchFunctionMode):
     ) -> Tensor:
         alike = query.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
         fits = alike and key.shape[2] == self._given + query.shape[2]
-        if attn_mask is None or attn_mask.requires_grad or dropout_p or not fits:
+        plain = not (dropout_p or is_causal)
+        if attn_mask is None or attn_mask.requires_grad or not plain or not fits:
             return scaled_dot_product_attention(
                 query,
                 key,

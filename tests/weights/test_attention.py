@@ -114,6 +114,13 @@ def test_dropout_is_left_to_pytorch() -> None:
     leave_to_pytorch(tensors, draw_mask(len(tensors[0])), dropout_p=0.5)
 
 
+def test_a_mask_beside_a_causal_one_is_refused_as_pytorch_does() -> None:
+    query, key, value = case()
+    mask = draw_mask(len(query))
+    with FewQueries(GIVEN), pytest.raises(RuntimeError, match="is_causal"):
+        scaled_dot_product_attention(query, key, value, mask, is_causal=True)
+
+
 def test_other_numbers_of_keys_are_left_to_pytorch() -> None:
     tensors = case()
     leave_to_pytorch(tensors, draw_mask(len(tensors[0])), given=GIVEN + 1)
